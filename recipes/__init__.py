@@ -1,0 +1,1 @@
+"""Shipped recipes, installed as `qdm_cli.recipes`."""
