@@ -1,0 +1,56 @@
+"""The table of methods. One paper = one module here; a new method is its module, its test, its recipe and one line below.
+
+Config classes must be importable without torch, so method modules import torch inside their functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
+
+METHODS: dict[str, dict[str, str]] = {
+    "calibrate": {
+        "minmax": "qdm_cli.engine.methods.ptq:MinMaxConfig",
+        "mse": "qdm_cli.engine.methods.ptq:MseConfig",
+        "percentile": "qdm_cli.engine.methods.ptq:PercentileConfig",
+    },
+    "finetune": {
+        "efficientdm": "qdm_cli.engine.methods.efficientdm:EfficientDMConfig",
+    },
+}
+
+_FUNCTIONS: dict[type, Callable[..., Any]] = {}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def method(config: type) -> Callable[[F], F]:
+    """Register one function `(denoiser, cfg, ctx) -> result` for a config class.
+
+    Raises:
+        ValueError: the class has a function already.
+    """
+
+    def register(function: F) -> F:
+        if config in _FUNCTIONS:
+            raise ValueError(f"{config.__name__} already belongs to {_FUNCTIONS[config].__name__}")
+        _FUNCTIONS[config] = function
+        return function
+
+    return register
+
+
+def config_classes(stage: str) -> dict[str, type]:
+    """Method name -> config class, in table order."""
+    return {name: _load(target) for name, target in METHODS[stage].items()}
+
+
+def function_of(config: Any) -> Callable[..., Any]:
+    """The function registered for this config object's class."""
+    return _FUNCTIONS[type(config)]
+
+
+def _load(target: str) -> type:
+    module, name = target.split(":")
+    loaded: type = getattr(import_module(module), name)
+    return loaded
