@@ -1,0 +1,150 @@
+"""A quantized denoiser as data: integer codes, scales and step tables, one file `quantized.safetensors` per artifact.
+
+Every stage after calibration hands this on; export packs it and never quantizes again from floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qdm_cli.engine.checkpoint import read_tensors, write_tensors
+from qdm_cli.engine.errors import InputError
+
+STATE_FILE = "quantized.safetensors"
+STATE_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What the bit policy says about one Linear or Conv2d.
+
+    Attributes:
+        name: module path inside the denoiser.
+        type: `Linear` or `Conv2d`.
+        shape: weight shape, [O, K] or [O, I/groups, kh, kw].
+        role: role in the graph.
+        bits_w, bits_a: 2..8; bits_a None = float activations.
+        granularity: of the weight scale; group_size counts inputs per group (along K or I).
+        act_mode: static or dynamic (per token, at run time).
+        timestep_aware: one activation scale and zero point per row of the step table.
+        rule: the rule that decided, as shown to people.
+        skipped_why: not None = the layer stays in full precision, for this reason; the fields above are then meaningless.
+    """
+
+    name: str
+    type: Literal["Linear", "Conv2d"]
+    shape: tuple[int, ...]
+    role: str
+    bits_w: int = 0
+    bits_a: int | None = None
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    group_size: int | None = None
+    symmetric: bool = False
+    act_mode: Literal["static", "dynamic"] = "static"
+    act_symmetric: bool = False
+    timestep_aware: bool = False
+    rule: str = ""
+    skipped_why: str | None = None
+
+    @property
+    def numel(self) -> int:
+        total = 1
+        for side in self.shape:
+            total *= side
+        return total
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """Integers and scales of one quantized layer. All codes and zero points are SIGNED: in [-2^(b-1), 2^(b-1)-1].
+
+    Attributes:
+        codes: int8, the weight's shape.
+        weight_scale: f32 [O], or [O, G] with groups of `group_size` inputs (a per-tensor scale is repeated to [O]).
+        weight_zero_point: int8, like weight_scale. w = (codes - zero_point) * scale.
+        bias: f32 [O] or None.
+        act_scale: f32 [R] or [1]; None = float or dynamic activations.
+        act_zero_point: int8, like act_scale. x ~ (q - zero_point) * scale.
+    """
+
+    decision: LayerDecision
+    codes: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor
+    bias: torch.Tensor | None = None
+    act_scale: torch.Tensor | None = None
+    act_zero_point: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """A whole quantized denoiser.
+
+    Attributes:
+        layers: quantized layers by module path.
+        skipped: decisions of the layers left in full precision.
+        step_keys: f64 [R] timesteps of the rows of all per-step tables; [1] when nothing is timestep-aware.
+        row_mode: how a timestep without a row is read.
+        floats: parameters outside quantized layers that training changed, by full parameter name.
+    """
+
+    layers: dict[str, LayerState]
+    skipped: tuple[LayerDecision, ...] = ()
+    step_keys: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    row_mode: Literal["nearest", "linear"] = "nearest"
+    floats: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+_TENSORS = ("codes", "weight_scale", "weight_zero_point", "bias", "act_scale", "act_zero_point")
+
+
+def write_state(folder: Path, state: QuantState) -> None:
+    """Write `quantized.safetensors` into `folder`."""
+    tensors = {f"float:{name}": value for name, value in state.floats.items()}
+    for name, layer in state.layers.items():
+        tensors |= {f"{name}:{key}": value for key in _TENSORS if (value := getattr(layer, key)) is not None}
+    tensors["step_keys"] = state.step_keys.double()
+    meta = {
+        "schema": STATE_SCHEMA,
+        "row_mode": state.row_mode,
+        "layers": [asdict(layer.decision) for layer in state.layers.values()],
+        "skipped": [asdict(decision) for decision in state.skipped],
+    }
+    write_tensors(folder / STATE_FILE, tensors, meta)
+
+
+def read_state(folder: Path) -> QuantState:
+    """Read what `write_state` wrote.
+
+    Raises:
+        InputError: the file is missing, truncated or of another schema.
+    """
+    path = folder / STATE_FILE
+    if not path.exists():
+        raise InputError(f"{folder} holds no quantized model ({STATE_FILE} is missing). Run `qdm calibrate` first.")
+    try:
+        tensors, meta = read_tensors(path)
+    except Exception as error:
+        raise InputError(f"{path} cannot be read: {error}. The file is corrupt or truncated; run the stage again with --fresh.") from error
+    if meta.get("schema") != STATE_SCHEMA:
+        raise InputError(f"{path} has schema {meta.get('schema')}, this qdm reads {STATE_SCHEMA}.")
+    layers = {}
+    for item in meta["layers"]:
+        decision = _decision(item)
+        parts: dict[str, Any] = {key: tensors.get(f"{decision.name}:{key}") for key in _TENSORS}
+        layers[decision.name] = LayerState(decision=decision, **parts)
+    return QuantState(
+        layers=layers,
+        skipped=tuple(_decision(item) for item in meta["skipped"]),
+        step_keys=tensors["step_keys"],
+        row_mode=meta["row_mode"],
+        floats={name[6:]: value for name, value in tensors.items() if name.startswith("float:")},
+    )
+
+
+def _decision(item: dict[str, Any]) -> LayerDecision:
+    return LayerDecision(**{**item, "shape": tuple(item["shape"])})
