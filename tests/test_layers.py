@@ -65,6 +65,7 @@ class Import:
 
 @dataclass(frozen=True)
 class Tree:
+    root: Path
     modules: dict[str, Path]
     imports: list[Import]
     violations: list[str]  # found while reading: calls that pickle
@@ -154,7 +155,7 @@ def read_tree(root: Path) -> Tree:
         reader.visit(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)))
         imports += reader.imports
         violations += reader.violations
-    return Tree(modules, imports, violations)
+    return Tree(root, modules, imports, violations)
 
 
 def is_within(module: str, prefix: str) -> bool:
@@ -190,7 +191,7 @@ def peer_of(module: str, package: str) -> str | None:
 def unplaced(tree: Tree) -> Iterator[str]:
     for module, path in tree.modules.items():
         if layer_of(module) is None:
-            yield f"{path}:1: {module} has no place in the layer table"
+            yield f"{path.relative_to(tree.root)}:1: {module} has no place in the layer table"
 
 
 def wrong_direction(tree: Tree) -> Iterator[str]:

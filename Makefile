@@ -1,0 +1,61 @@
+# Every target works on a fresh clone: what it needs is installed into .venv first. `make` alone lists them.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE := qdm_cli kernels recipes tests
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check style recipes zoo bench wheel
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(STAMP) ## .venv with qdm (editable) and the development tools, from constraints.txt
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamp is touched last: an interrupted installation starts again.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: install ## compress a real small model to 4 bits, load it again, judge it (minutes on a CPU)
+	$(BIN)/qdm run quickstart --out runs/quickstart
+
+test: install ## the test suite on the CPU; PYTEST_ARGS="-k name" narrows it
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+check: install ## ruff, mypy and the layer rules; changes nothing
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_layers.py
+
+style: install ## fix what ruff can fix, and format
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+recipes: install ## validate and smoke-run every shipped recipe
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && set -e && \
+	for file in $$(find recipes -name '*.yaml' | sort); do \
+		name=$${file#recipes/}; name=$${name%.yaml}; echo "== $$name" >&2; \
+		$(BIN)/qdm validate "$$name"; \
+		$(BIN)/qdm run "$$name" --smoke --out "$$out/$$name"; \
+	done
+
+zoo: install ## train the builtin models again, resumably, in zoo-work/ (apt-get install dataset-fashion-mnist first)
+	$(BIN)/python -m qdm_cli.engine.zoo.train_unet --out zoo-work
+	$(BIN)/python -m qdm_cli.engine.zoo.train_features --out zoo-work
+
+bench: install ## kernel timings on this CPU, behind their correctness gate
+	$(BIN)/python kernels/bench/bench_cpu.py
+
+wheel: install ## dist/qdm-*.whl
+	$(BIN)/python -m build --wheel --no-isolation
