@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "free": {"qdm_kernels"},
     "zoo": {"free"},
     "zoo script": BELOW_METHODS,
-    **{name: BELOW_METHODS for name in SIBLINGS},
+    **dict.fromkeys(SIBLINGS, BELOW_METHODS),
     "recipe": {"free", "methods", "evaluation"},  # configuration classes live beside the code they configure
     "methods": BELOW_METHODS | {"recipe"},
     "stages": BELOW_RUN,
@@ -247,7 +248,7 @@ def sibling_cycles(tree: Tree) -> Iterator[str]:
     def walk(path: list[str]) -> Iterator[str]:
         for target, where in edges[path[-1]].items():
             if target == path[0]:
-                steps = [edges[a][b] for a, b in zip(path, path[1:], strict=False)] + [where]
+                steps = [edges[a][b] for a, b in pairwise(path)] + [where]
                 yield f"{where}: cycle {' -> '.join([*path, target])} ({', '.join(steps)})"
             elif target > path[0] and target not in path:
                 yield from walk([*path, target])
@@ -283,8 +284,16 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 
 
 FAULTS = {
-    "kernels know nothing of the tool": ("kernels/qdm_kernels/layout.py", "from qdm_cli.engine import errors", "qdm_kernels may not import free"),
-    "kernels do not ask for the version": ("kernels/qdm_kernels/layout.py", "from qdm_cli import __version__", "qdm_kernels may not import root"),
+    "kernels know nothing of the tool": (
+        "kernels/qdm_kernels/layout.py",
+        "from qdm_cli.engine import errors",
+        "qdm_kernels may not import free",
+    ),
+    "kernels do not ask for the version": (
+        "kernels/qdm_kernels/layout.py",
+        "from qdm_cli import __version__",
+        "qdm_kernels may not import root",
+    ),
     "engine does not print": ("qdm_cli/engine/run.py", "def f():\n    from qdm_cli import report", "run.py:2: run may not import report"),
     "engine does not call the api": ("qdm_cli/engine/run.py", "from qdm_cli import load", "run may not import root (qdm_cli.load)"),
     "siblings know no method": ("qdm_cli/engine/quant/grid.py", "import qdm_cli.engine.methods.lcd", "quant may not import methods"),
@@ -292,7 +301,11 @@ FAULTS = {
     "methods know no stage": ("qdm_cli/engine/methods/lcd.py", "from ..stages import cache", "methods may not import stages"),
     "stages know no run": ("qdm_cli/engine/stages/cache.py", "from qdm_cli.engine.run import execute", "stages may not import run"),
     "free modules stay free": ("qdm_cli/engine/artifact.py", "from qdm_cli.engine.quant import pack", "free may not import quant"),
-    "training scripts are programs": ("qdm_cli/engine/models/load.py", "from ..zoo.train_unet import build", "models may not import zoo script"),
+    "training scripts are programs": (
+        "qdm_cli/engine/models/load.py",
+        "from ..zoo.train_unet import build",
+        "models may not import zoo script",
+    ),
     "methods are strangers": ("qdm_cli/engine/methods/lcd.py", "from .peqa import scale", "lcd.py:1: methods do not import each other"),
     "stages are strangers": ("qdm_cli/engine/stages/cache.py", "import qdm_cli.engine.stages.export", "stages do not import each other"),
     "typer at the terminal": ("qdm_cli/engine/run.py", "import typer", "typer only in"),
@@ -303,7 +316,11 @@ FAULTS = {
     "triton in triton.py": ("kernels/qdm_kernels/linear_w8a8/op.py", "import triton.language as tl", "triton only in"),
     "triton in kernels": ("qdm_cli/engine/runtime/triton.py", "import triton", "triton only in"),
     "click is vendored": ("qdm_cli/main.py", "import click", "click is never imported"),
-    "sdnq is not ours": ("qdm_cli/engine/runtime/load.py", 'import importlib\nimportlib.import_module("sdnq.loader")', "load.py:2: sdnq is never"),
+    "sdnq is not ours": (
+        "qdm_cli/engine/runtime/load.py",
+        'import importlib\nimportlib.import_module("sdnq.loader")',
+        "load.py:2: sdnq is never",
+    ),
     "no pickle": ("qdm_cli/engine/artifact.py", "from pickle import dumps", "pickle is never imported"),
     "no torch.load": ("qdm_cli/engine/models/load.py", "import torch as t\nt.load('x')", "load.py:2: torch.load pickles"),
     "no torch.save": ("qdm_cli/engine/models/load.py", "from torch import save", "torch.save pickles"),
@@ -317,7 +334,9 @@ def test_a_planted_fault_is_found(tmp_path: Path, path: str, source: str, messag
     others = {
         f"qdm_cli/engine/{name}/__init__.py": "" for name in ("methods", "stages", "recipe", "quant", "models", "zoo", "caching", "runtime")
     } | {f"qdm_cli/engine/{name}.py": "" for name in ("zoo/train_unet", "methods/peqa", "stages/export", "errors")}
-    root = plant(tmp_path, others | {"qdm_cli/__init__.py": "", "qdm_cli/report.py": "", "qdm_cli/engine/__init__.py": "", path: source + "\n"})
+    root = plant(
+        tmp_path, others | {"qdm_cli/__init__.py": "", "qdm_cli/report.py": "", "qdm_cli/engine/__init__.py": "", path: source + "\n"}
+    )
     found = violations(root)
     assert len(found) == 1, found
     assert message in found[0]
