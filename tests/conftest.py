@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,10 @@ os.environ |= {
 }
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+
+# No deadline: two shared cores make a 200 ms limit a coin toss. The same examples in every CI run.
+hypothesis.settings.register_profile("qdm", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("qdm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
