@@ -1,0 +1,1 @@
+"""2-D convolution on signed int8 activation and weight codes."""

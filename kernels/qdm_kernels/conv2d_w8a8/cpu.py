@@ -1,0 +1,172 @@
+"""Convolution on CPUs: oneDNN u8 x s8 where it is exact for these weights, else exact float32 (README: Strategies)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qdm_kernels import backend, onednn
+from qdm_kernels.exact import Slice, l1_by_input, rescale_, split_exact, subtract_input_sum, subtract_zero_point, why_not_int8
+from qdm_kernels.geometry import Conv2dGeometry, Pair
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Weights in oneDNN's layout. centre: None = zero points are folded in; else z_w, int32 [O], and a last filter of ones is packed too.
+
+    row_sums: None = oneDNN gets the activation zero point and pads; else int32 [O], the border is written into the input and the zero
+    point enters as a bias.
+    """
+
+    packed: Tensor
+    centre: Tensor | None
+    ones: Tensor  # float32 [filters]: the scale that returns the accumulator
+    zeros: Tensor  # int64 [filters]
+    slices: tuple[Slice, ...]
+    geometry: Conv2dGeometry
+    row_sums: Tensor | None
+    strategy: str = "onednn"
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Float32:
+    """Weights minus zero point as float32, cut along input channels so that every partial sum is exact. row_sums: int32 [O]."""
+
+    pieces: tuple[tuple[Slice, Tensor], ...]
+    row_sums: Tensor
+    geometry: Conv2dGeometry
+    reason: str | None
+    strategy: str = "fp32"
+
+
+def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Int8 | Float32:
+    """Pack for the fastest exact strategy on this CPU; arguments as in `op.prepare`."""
+    weight = subtract_zero_point(codes, zero_point)
+    folded, reason = why_not_int8("conv2d_w8a8", codes, weight)
+    if reason is None and not folded and geometry.groups > 1:
+        reason = "weights minus their zero point exceed int8, and a grouped convolution has no single input sum"
+    if reason is not None:
+        return _prepare_float32(weight, geometry, reason)
+    if folded:
+        return _prepare_int8(weight.to(torch.int8), None, geometry)
+    ones_filter = torch.ones((1, *codes.shape[1:]), dtype=torch.int8)
+    return _prepare_int8(torch.cat([codes, ones_filter]), zero_point.to(torch.int32), geometry)
+
+
+def _prepare_int8(weight: Tensor, centre: Tensor | None, geometry: Conv2dGeometry) -> Int8:
+    filters = weight.shape[0]
+    slices = split_exact(l1_by_input(weight.to(torch.int16)), 255)
+    by_bias = centre is None and len(slices) == 1 and _zero_point_is_slow()
+    row_sums = weight.flatten(1).sum(1).to(torch.int32) if by_bias else None
+    g = geometry.unpadded() if by_bias else geometry
+    packed = onednn.pack_conv2d(weight, g)
+    ones, zeros = torch.ones(filters), torch.zeros(filters, dtype=torch.int64)
+    return Int8(packed, centre, ones, zeros, slices, geometry, row_sums)
+
+
+def _zero_point_is_slow() -> bool:
+    """Without VNNI oneDNN's own zero point costs about a fifth of the convolution (README: Strategies)."""
+    return backend.probe().conv2d is not backend.Exact.FULL
+
+
+def _prepare_float32(weight: Tensor, geometry: Conv2dGeometry, reason: str) -> Float32:
+    slices = split_exact(l1_by_input(weight), 128)
+    pieces = tuple(((a, b), weight[:, a:b].float().contiguous(memory_format=torch.channels_last)) for a, b in slices)
+    return Float32(pieces, weight.flatten(1).sum(1).to(torch.int32), geometry, reason)
+
+
+def accumulate(x: Tensor, zero_point: Tensor, state: Int8 | Float32) -> Tensor:
+    """sum (x - z_x)(w - z_w): x int8 [B, I, H, W] -> int32 [B, O, H', W'], channels_last."""
+    z = int(zero_point)
+    if isinstance(state, Int8):
+        return _accumulate_int8(onednn.to_unsigned(x), z + 128, state)
+    return _accumulate_float32(x, z, state)
+
+
+def conv2d(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Int8 | Float32) -> Tensor:
+    """float(accumulator) * (x_scale * w_scale) + bias; w_scale, bias: [O, 1, 1]. -> float32 [B, O, H', W'], channels_last."""
+    z = int(zero_point)
+    if isinstance(state, Float32):
+        return rescale_(_sums_float32(x, z, state), x_scale, w_scale, bias)
+    unsigned = onednn.to_unsigned(x)
+    if state.row_sums is None and state.centre is None and x_scale.dim() == 0:
+        # oneDNN multiplies the converted accumulator once: the contract's own rounding (probed), one pass less over y.
+        y = onednn.conv2d(unsigned, z + 128, state.packed, x_scale * w_scale.flatten(), state.zeros, state.geometry)
+        return y if bias is None else y.add_(bias)
+    return rescale_(_sums_int8(unsigned, z + 128, state), x_scale, w_scale, bias)
+
+
+def _sums_int8(x: Tensor, z: int, state: Int8) -> Tensor:
+    """float(accumulator), rounded once; x uint8, z its zero point."""
+    sums = _conv_int8(x, z, state)
+    if state.centre is None:
+        return sums
+    corrected = subtract_input_sum(sums, state.centre.float().view(-1, 1, 1), dim=1)
+    return _accumulate_int8(x, z, state).float() if corrected is None else corrected
+
+
+def _conv_int8(x: Tensor, z: int, state: Int8) -> Tensor:
+    if state.row_sums is None:
+        return onednn.conv2d(x, z, state.packed, state.ones, state.zeros, state.geometry)
+    bordered = _with_border(x, z, state.geometry.padding)
+    bias = (-z * state.row_sums).float()  # exact, and so is the sum: one slice bounds both below 2^24
+    return onednn.conv2d(bordered, 0, state.packed, state.ones, state.zeros, state.geometry.unpadded(), bias=bias)
+
+
+def _accumulate_int8(x: Tensor, z: int, state: Int8) -> Tensor:
+    parts = _masked(x, z, state.slices, state.geometry.groups)
+    sums = sum(_conv_int8(part, z, state).to(torch.int32) for part in parts)
+    return sums if state.centre is None else sums[:, :-1] - sums[:, -1:] * state.centre.view(-1, 1, 1)
+
+
+def _masked(x: Tensor, z: int, slices: tuple[Slice, ...], groups: int):
+    """The input once per slice of each group's channels, real zero outside it: the packed weight cannot be cut, the input can."""
+    if len(slices) == 1:
+        yield x
+        return
+    for s in slices:
+        part = torch.full_like(x, z)
+        _channels(part, s, groups).copy_(_channels(x, s, groups))
+        yield part
+
+
+def _channels(x: Tensor, s: Slice, groups: int) -> Tensor:
+    """View of channels [a, b) of every group: [B, groups, b - a, H, W]."""
+    return x.unflatten(1, (groups, -1))[:, :, s[0] : s[1]]
+
+
+def _accumulate_float32(x: Tensor, z: int, state: Float32) -> Tensor:
+    sums = sum(part.to(torch.int32) for part in _convs_float32(x, z, state))
+    return sums - (z * state.row_sums).view(-1, 1, 1)
+
+
+def _sums_float32(x: Tensor, z: int, state: Float32) -> Tensor:
+    """float(accumulator), rounded once. In one piece A and z * row_sums are exact, so their difference is."""
+    if len(state.pieces) > 1:
+        return _accumulate_float32(x, z, state).float()
+    (sums,) = _convs_float32(x, z, state)
+    return sums.sub_((z * state.row_sums).float().view(-1, 1, 1)) if z else sums
+
+
+def _convs_float32(x: Tensor, z: int, state: Float32):
+    """Exact sums of x * (w - z_w), one per piece, over an input whose border holds the code of real zero."""
+    g = state.geometry
+    bordered = _with_border(x, z, g.padding) if z else x
+    padding = (0, 0) if z else g.padding
+    for s, weight in state.pieces:
+        part = bordered if len(state.pieces) == 1 else _channels(bordered, s, g.groups).flatten(1, 2)
+        yield F.conv2d(part.float(), weight, None, g.stride, padding, g.dilation, g.groups)
+
+
+def _with_border(x: Tensor, z: int, padding: Pair) -> Tensor:
+    """Copy of x [B, C, H, W] inside a border of code z, channels_last; x itself without padding."""
+    if padding == (0, 0):
+        return x
+    (b, c, h, w), (p, q) = x.shape, padding
+    out = torch.empty((b, c, h + 2 * p, w + 2 * q), dtype=x.dtype, memory_format=torch.channels_last)
+    for edge in (out[:, :, :p], out[:, :, h + p :], out[..., :q], out[..., w + q :]):
+        edge.fill_(z)
+    out[:, :, p : h + p, q : w + q].copy_(x)
+    return out

@@ -1,0 +1,1 @@
+"""Linear layer on signed int8 activation and weight codes."""

@@ -1,0 +1,105 @@
+"""Linear layer on CPUs: oneDNN u8 x s8 where it is exact for these weights, else exact float32 (README: Strategies)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qdm_kernels import onednn
+from qdm_kernels.exact import Slice, l1_by_input, rescale_, split_exact, subtract_input_sum, subtract_zero_point, why_not_int8
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Weights in oneDNN's layout. centre: None = zero points are folded in; else z_w, int32 [N], and a last row of ones is packed too."""
+
+    packed: Tensor
+    centre: Tensor | None
+    ones: Tensor  # float32 [rows]: the scale that returns the accumulator
+    zeros: Tensor  # int64 [rows]
+    slices: tuple[Slice, ...]
+    strategy: str = "onednn"
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Float32:
+    """Weights minus zero point as float32, cut along K so that every partial sum is exact. row_sums: int32 [N]."""
+
+    pieces: tuple[tuple[Slice, Tensor], ...]
+    row_sums: Tensor
+    reason: str | None
+    strategy: str = "fp32"
+
+
+def prepare(codes: Tensor, zero_point: Tensor) -> Int8 | Float32:
+    """Pack for the fastest exact strategy on this CPU; arguments as in `op.prepare`."""
+    weight = subtract_zero_point(codes, zero_point)
+    folded, reason = why_not_int8("linear_w8a8", codes, weight)
+    if reason is not None:
+        return _prepare_float32(weight, reason)
+    if folded:
+        return _prepare_int8(weight.to(torch.int8), None)
+    ones_row = torch.ones((1, codes.shape[1]), dtype=torch.int8)
+    return _prepare_int8(torch.cat([codes, ones_row]), zero_point.to(torch.int32))
+
+
+def _prepare_int8(weight: Tensor, centre: Tensor | None) -> Int8:
+    rows = weight.shape[0]
+    slices = split_exact(l1_by_input(weight.to(torch.int16)), 255)
+    return Int8(onednn.pack_linear(weight), centre, torch.ones(rows), torch.zeros(rows, dtype=torch.int64), slices)
+
+
+def _prepare_float32(weight: Tensor, reason: str) -> Float32:
+    slices = split_exact(l1_by_input(weight), 128)
+    pieces = tuple(((a, b), weight[:, a:b].float()) for a, b in slices)
+    return Float32(pieces, weight.sum(1).to(torch.int32), reason)
+
+
+def accumulate(x: Tensor, zero_point: Tensor, state: Int8 | Float32) -> Tensor:
+    """sum_k (x - z_x)(w - z_w): x int8 [M, K] -> int32 [M, N]."""
+    z = int(zero_point)
+    if isinstance(state, Int8):
+        return _accumulate_int8(onednn.to_unsigned(x), z + 128, state)
+    sums = sum(torch.nn.functional.linear(x[:, a:b].float(), weight).to(torch.int32) for (a, b), weight in state.pieces)
+    return sums - z * state.row_sums
+
+
+def _accumulate_int8(x: Tensor, z: int, state: Int8) -> Tensor:
+    sums = sum(onednn.linear(part, z, state.packed, state.ones, state.zeros).to(torch.int32) for part in _masked(x, z, state.slices))
+    return sums if state.centre is None else sums[:, :-1] - sums[:, -1:] * state.centre
+
+
+def _masked(x: Tensor, z: int, slices: tuple[Slice, ...]):
+    """The input once per slice, real zero outside it: the packed weight cannot be cut, the input can."""
+    if len(slices) == 1:
+        yield x
+        return
+    for a, b in slices:
+        part = torch.full_like(x, z)
+        part[:, a:b] = x[:, a:b]
+        yield part
+
+
+def linear(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Int8 | Float32) -> Tensor:
+    """float(accumulator) * (x_scale * w_scale) + bias: x int8 [M, K] -> float32 [M, N]."""
+    if isinstance(state, Float32):
+        return rescale_(_sums_float32(x, zero_point, state), x_scale, w_scale, bias)
+    unsigned, z = onednn.to_unsigned(x), int(zero_point) + 128
+    if state.centre is None and x_scale.dim() == 0:
+        # oneDNN multiplies the converted accumulator once: the contract's own rounding (probed), one pass less over y.
+        y = onednn.linear(unsigned, z, state.packed, x_scale * w_scale, state.zeros)
+        return y if bias is None else y.add_(bias)
+    sums = onednn.linear(unsigned, z, state.packed, state.ones, state.zeros)
+    if state.centre is not None:
+        corrected = subtract_input_sum(sums, state.centre.float(), dim=1)
+        sums = _accumulate_int8(unsigned, z, state).float() if corrected is None else corrected
+    return rescale_(sums, x_scale, w_scale, bias)
+
+
+def _sums_float32(x: Tensor, zero_point: Tensor, state: Float32) -> Tensor:
+    """float(accumulator), rounded once. In one piece A and z * row_sums are exact, so their difference is."""
+    if len(state.pieces) > 1:
+        return accumulate(x, zero_point, state).float()
+    sums, z = torch.nn.functional.linear(x.float(), state.pieces[0][1]), int(zero_point)
+    return sums.sub_((z * state.row_sums).float()) if z else sums

@@ -1,0 +1,44 @@
+"""The oneDNN int8 operators behind torch's private API, in one place: unsigned activations, signed weights, float32 out.
+
+Output = float(sum_k (x - zero_point) * w) * scale, one multiply. The zero point is an argument of each call, not of the packing:
+the packed weight does not depend on the one given to `qconv_prepack` (tested), so a step's row can change without packing again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qdm_kernels.geometry import Conv2dGeometry
+
+
+def pack_linear(codes: Tensor) -> Tensor:
+    """Pack weight codes, [N, K] int8, into oneDNN's opaque layout. The caller must not pass a transposed view: it is made contiguous."""
+    return torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+
+
+def linear(x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """Integer product: x [M, K] uint8, scale [N] float32, zeros [N] int64 (all 0) -> [M, N] float32."""
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, zero_point, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+
+
+def pack_conv2d(codes: Tensor, geometry: Conv2dGeometry) -> Tensor:
+    """Pack weight codes, [O, I / groups, kh, kw] int8, into oneDNN's opaque layout."""
+    g = geometry
+    ones = torch.ones(codes.shape[0])
+    return torch.ops.onednn.qconv_prepack(codes.contiguous(), ones, 1.0, 0, [*g.stride], [*g.padding], [*g.dilation], g.groups, None)
+
+
+def conv2d(
+    x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, zeros: Tensor, geometry: Conv2dGeometry, *, bias: Tensor | None = None
+) -> Tensor:
+    """Integer convolution: x [B, I, H, W] uint8 channels_last -> [B, O, H', W'] float32 channels_last. Padding is real 0 (code zero_point)."""
+    g = geometry
+    where: Sequence[list[int] | int] = ([*g.stride], [*g.padding], [*g.dilation], g.groups)
+    args = (x, 1.0, zero_point, packed, scale, zeros, bias, *where, 1.0, 0, torch.float32, "none", [], "")
+    return torch.ops.onednn.qconv2d_pointwise(*args)
+
+
+def to_unsigned(codes: Tensor) -> Tensor:
+    """Shift signed codes to unsigned by +128: int8 -> uint8, one pass, memory format kept."""
+    return codes.view(torch.uint8).bitwise_xor(0x80)

@@ -1,0 +1,23 @@
+"""Checks at the public boundary of the integer layers."""
+
+import torch
+from torch import Tensor
+
+
+def check_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, *, dim: int) -> None:
+    """ValueError unless codes are int8 of rank `dim`, zero_point integer, and scale, zero_point, bias are [N]."""
+    if codes.dtype != torch.int8 or codes.dim() != dim:
+        raise ValueError(f"weight codes are int8 with {dim} axes, got {codes.dtype} {tuple(codes.shape)}")
+    if zero_point.is_floating_point():
+        raise ValueError(f"weight zero_point is an integer tensor, got {zero_point.dtype}")
+    for name, value in (("scale", scale), ("zero_point", zero_point), ("bias", bias)):
+        if value is not None and tuple(value.shape) != (codes.shape[0],):
+            raise ValueError(f"weight {name} has one entry per output, [{codes.shape[0]}], got {tuple(value.shape)}")
+
+
+def check_activation(x_codes: Tensor, x_zero_point: Tensor) -> None:
+    """ValueError unless x_codes are int8 and the zero point is one integer."""
+    if x_codes.dtype != torch.int8:
+        raise ValueError(f"activation codes are int8, got {x_codes.dtype}")
+    if x_zero_point.numel() != 1 or x_zero_point.is_floating_point():
+        raise ValueError(f"x_zero_point is one integer, got {x_zero_point.dtype} {tuple(x_zero_point.shape)}")
