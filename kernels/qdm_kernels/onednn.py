@@ -32,7 +32,7 @@ def pack_conv2d(codes: Tensor, geometry: Conv2dGeometry) -> Tensor:
 def conv2d(
     x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, zeros: Tensor, geometry: Conv2dGeometry, *, bias: Tensor | None = None
 ) -> Tensor:
-    """Integer convolution: x [B, I, H, W] uint8 channels_last -> [B, O, H', W'] float32 channels_last. Padding is real 0 (code zero_point)."""
+    """Integer convolution: x [B, I, H, W] uint8 -> [B, O, H', W'] float32, both channels_last. Padding is real 0, the code zero_point."""
     g = geometry
     where: Sequence[list[int] | int] = ([*g.stride], [*g.padding], [*g.dilation], g.groups)
     args = (x, 1.0, zero_point, packed, scale, zeros, bias, *where, 1.0, 0, torch.float32, "none", [], "")
