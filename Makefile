@@ -50,9 +50,12 @@ recipes: install ## validate and smoke-run every shipped recipe
 		$(BIN)/qdm run "$$name" --smoke --out "$$out/$$name"; \
 	done
 
-zoo: install ## train the builtin models again, resumably, in zoo-work/ (apt-get install dataset-fashion-mnist first)
-	$(BIN)/python -m qdm_cli.engine.zoo.train_unet --out zoo-work
+zoo: install ## train the builtin models again (hours), resumably, in zoo-work/, and put them into the package
+	@test -n "$$QDM_FASHION_MNIST" || test -d /usr/share/datasets/fashion-mnist || \
+	{ echo "Fashion-MNIST is missing: apt-get install dataset-fashion-mnist, or set QDM_FASHION_MNIST to the folder of its *-ubyte.gz files" >&2; exit 3; }
 	$(BIN)/python -m qdm_cli.engine.zoo.train_features --out zoo-work
+	$(BIN)/python -m qdm_cli.engine.zoo.train_unet --out zoo-work
+	cp -r zoo-work/fashion-features zoo-work/fashion-unet32 qdm_cli/engine/zoo/
 
 bench: install ## kernel timings on this CPU, behind their correctness gate
 	$(BIN)/python kernels/bench/bench_cpu.py

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "zoo": {"free"},
     "zoo script": BELOW_METHODS,
     **dict.fromkeys(SIBLINGS, BELOW_METHODS),
-    "recipe": {"free", "methods", "evaluation"},  # configuration classes live beside the code they configure
+    "recipe": SIBLINGS | {"free", "methods"},  # configuration classes live beside the code they configure
     "methods": BELOW_METHODS | {"recipe"},
     "stages": BELOW_RUN,
     "run": BELOW_RUN,
