@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -28,17 +29,26 @@ class StepContext:
         self.lower = torch.zeros((), dtype=torch.long)
         self.upper = torch.zeros((), dtype=torch.long)
         self.fraction = torch.zeros(())
+        self._position = 1
 
     @property
     def rows(self) -> int:
         return len(self.keys)
 
     def attach(self, denoiser: nn.Module) -> Any:
-        """Read the step from every call of `denoiser` (positional argument 1 or keyword `timestep`); returns the hook handle."""
+        """Read the `timestep` argument, keyword or positional, of every call of `denoiser`; returns the hook handle.
+
+        Raises:
+            ValueError: its forward has no such argument.
+        """
+        names = list(inspect.signature(denoiser.forward).parameters)
+        if "timestep" not in names:
+            raise ValueError(f"{type(denoiser).__name__}.forward has no argument `timestep`, so its step cannot be known")
+        self._position = names.index("timestep")
         return denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[self._position] if len(args) > self._position else None
         if timestep is not None:
             self.set_timestep(timestep)
 

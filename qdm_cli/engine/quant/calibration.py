@@ -1,0 +1,209 @@
+"""Range initialisation from captured trajectories (quantization spec 1.2); one resumable unit per denoising step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qdm_cli.engine.checkpoint import read_tensors, write_tensors
+from qdm_cli.engine.diffusion.trajectories import TrajectoryStore, sample_tensor, take_samples
+from qdm_cli.engine.errors import GateFailed
+from qdm_cli.engine.quant.grid import IntGrid, PerTensor, QParams, RangeMethod, choose_qparams, quantize
+from qdm_cli.engine.quant.modules import weight_granularity
+from qdm_cli.engine.quant.state import LayerDecision, LayerState, QuantState
+
+if TYPE_CHECKING:
+    from qdm_cli.engine.context import RunContext
+    from qdm_cli.engine.methods.ptq import CalibrateConfig
+
+VALUES_PER_STEP = 16_384
+"""Values kept of each layer's input at each step: 80 candidate ranges on all of them would take hours."""
+
+
+@dataclass(frozen=True)
+class RangeRule:
+    """How a range is chosen; `percentile` is read by that method alone."""
+
+    method: RangeMethod
+    percentile: float = 99.99
+
+    def choose(self, values: torch.Tensor, grid: IntGrid, *, symmetric: bool) -> QParams:
+        return choose_qparams(values, grid, PerTensor(), symmetric=symmetric, method=self.method, percentile=self.percentile)
+
+
+def range_rule(cfg: CalibrateConfig) -> RangeRule:
+    """The rule behind `calibrate.method`."""
+    methods: dict[str, RangeMethod] = {"minmax": "max", "mse": "mse", "percentile": "percentile"}
+    name = cfg.method  # type: ignore[attr-defined]
+    return RangeRule(methods[name], getattr(cfg, "percentile", 99.99))
+
+
+def initialise_ranges(
+    denoiser: nn.Module, cfg: CalibrateConfig, ctx: RunContext, *, decisions: list[LayerDecision], store: TrajectoryStore
+) -> QuantState:
+    """Quantize every weight and give every activation its range.
+
+    Args:
+        denoiser: the full-precision model, left as it was.
+        decisions: of every layer, from `rules.resolve`.
+        store: trajectories of the same model.
+
+    Raises:
+        GateFailed: an activation or weight is NaN or infinite; names the layer.
+    """
+    rule = range_rule(cfg)
+    chosen = {d.name: d for d in decisions if d.skipped_why is None}
+    tables = activation_tables(denoiser, chosen, store, rule, cfg.samples_per_step, ctx)
+    weight_rule = RangeRule(ctx.recipe.quantize.weights.init or rule.method, rule.percentile)
+    layers = {name: code_layer(denoiser.get_submodule(name), decision, weight_rule, tables.get(name)) for name, decision in chosen.items()}
+    aware = any(decision.timestep_aware for decision in chosen.values())
+    keys = torch.tensor(store.timesteps() if aware else [0.0], dtype=torch.float64)
+    return QuantState(layers=layers, skipped=tuple(d for d in decisions if d.skipped_why), step_keys=keys)
+
+
+def code_layer(module: nn.Module, decision: LayerDecision, rule: RangeRule, activation: QParams | None) -> LayerState:
+    """Integer codes and scales of one layer's weight."""
+    weight = module.weight.detach().float()  # type: ignore[operator]
+    grid, granularity = IntGrid(decision.bits_w), weight_granularity(decision)
+    try:
+        if decision.granularity == "tensor":
+            one = choose_qparams(weight, grid, PerTensor(), symmetric=decision.symmetric, method=rule.method, percentile=rule.percentile)
+            params = QParams(one.scale.expand(weight.shape[0]).clone(), one.zero_point.expand(weight.shape[0]).clone())
+        else:
+            params = choose_qparams(weight, grid, granularity, symmetric=decision.symmetric, method=rule.method, percentile=rule.percentile)
+    except ValueError as error:
+        raise GateFailed(f"The weight of {decision.name} cannot be quantized: {error}.") from error
+    bias = getattr(module, "bias", None)
+    return LayerState(
+        decision=decision,
+        codes=quantize(weight, params, grid, granularity),
+        weight_scale=params.scale,
+        weight_zero_point=params.zero_point.to(torch.int8),
+        bias=None if bias is None else bias.detach().float().clone(),
+        act_scale=None if activation is None else activation.scale.reshape(-1),
+        act_zero_point=None if activation is None else activation.zero_point.reshape(-1).to(torch.int8),
+    )
+
+
+def activation_tables(
+    denoiser: nn.Module, chosen: dict[str, LayerDecision], store: TrajectoryStore, rule: RangeRule, samples: int, ctx: RunContext
+) -> dict[str, QParams]:
+    """Ranges of all static activations: [R] for timestep-aware layers, [1] for the others."""
+    static = {name: d for name, d in chosen.items() if d.bits_a is not None and d.act_mode == "static"}
+    if not static:
+        return {}
+    steps = store.timesteps()
+    per_step: list[dict[str, torch.Tensor]] = []
+    for row, timestep in enumerate(steps):
+        unit = ctx.resume / f"ranges-{row:04d}.safetensors"
+        per_step.append(_step_unit(unit, denoiser, static, store, timestep, samples, rule))
+        ctx.events.progress("ranges", row + 1, len(steps))
+    tables = {}
+    for name, decision in static.items():
+        grid = IntGrid(decision.bits_a or 8)
+        if decision.timestep_aware:
+            tables[name] = QParams(
+                torch.cat([unit[f"{name}:scale"] for unit in per_step]), torch.cat([unit[f"{name}:zero_point"] for unit in per_step])
+            )
+        else:
+            values = torch.cat([unit[f"{name}:values"] for unit in per_step])
+            tables[name] = _choose(rule, values, grid, decision)
+    return tables
+
+
+def _step_unit(
+    path: Path, denoiser: nn.Module, static: dict[str, LayerDecision], store: TrajectoryStore, timestep: float, samples: int, rule: RangeRule
+) -> dict[str, torch.Tensor]:
+    """What one step contributes: scale and zero point of timestep-aware layers, a sample of the values of the others."""
+    if path.exists():
+        return read_tensors(path)[0]
+    values = layer_inputs(denoiser, static, store, timestep, samples)
+    unit: dict[str, torch.Tensor] = {}
+    for name, decision in static.items():
+        if name not in values:
+            raise GateFailed(f"{name} was never reached by the trajectories, so its activation range is unknown. Skip it with a rule.")
+        if not bool(torch.isfinite(values[name]).all()):
+            raise GateFailed(f"The input of {name} holds NaN or infinity at timestep {timestep:g}; its range cannot be measured.")
+        if decision.timestep_aware:
+            params = _choose(rule, values[name], IntGrid(decision.bits_a or 8), decision)
+            unit |= {f"{name}:scale": params.scale.reshape(1), f"{name}:zero_point": params.zero_point.reshape(1)}
+        else:
+            unit[f"{name}:values"] = values[name]
+    write_tensors(path, unit)
+    return unit
+
+
+def _choose(rule: RangeRule, values: torch.Tensor, grid: IntGrid, decision: LayerDecision) -> QParams:
+    params = rule.choose(values, grid, symmetric=decision.act_symmetric)
+    return QParams(params.scale.reshape(1), params.zero_point.reshape(1))
+
+
+def layer_inputs(
+    denoiser: nn.Module, layers: dict[str, LayerDecision], store: TrajectoryStore, timestep: float, samples: int
+) -> dict[str, torch.Tensor]:
+    """A sample of each layer's input values at one timestep, extremes included: [<= VALUES_PER_STEP + 2] f32."""
+    kept: dict[str, list[torch.Tensor]] = {}
+    calls = list(_calls_at(store, timestep, samples))
+    rng = torch.Generator().manual_seed(int(timestep * 1000) & 0x7FFFFFFF)
+    with _watched_inputs(denoiser, layers, lambda name, x: kept.setdefault(name, []).append(_thin(x, VALUES_PER_STEP // len(calls), rng))):
+        for arguments in calls:
+            run_denoiser(denoiser, arguments)
+    return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+def run_denoiser(denoiser: nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
+    """Repeat a captured call on the denoiser's device, without gradient."""
+    device = next(denoiser.parameters()).device
+    with torch.no_grad():
+        output = denoiser(**move_arguments(arguments, device), return_dict=False)[0]
+    assert isinstance(output, torch.Tensor)
+    return output
+
+
+def move_arguments(value: Any, device: torch.device) -> Any:
+    """Tensors of nested arguments on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: move_arguments(item, device) for name, item in value.items()}
+    return value
+
+
+def _calls_at(store: TrajectoryStore, timestep: float, samples: int) -> Iterator[dict[str, Any]]:
+    """Captured calls at a timestep, cut to `samples` samples in all; both halves of a guided batch keep equal shares."""
+    left = samples
+    for record in store.at(timestep):
+        if left <= 0:
+            return
+        arguments = store.arguments(record)
+        if record.samples > left:
+            rows = torch.linspace(0, record.samples - 1, left).round().long()
+            arguments = take_samples(arguments, rows, int(sample_tensor(arguments).shape[0]))
+        left -= record.samples
+        yield arguments
+
+
+def _thin(x: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
+    flat = x.detach().float().flatten().cpu()
+    if flat.numel() > count:
+        flat = torch.cat([flat[torch.randint(flat.numel(), (count,), generator=rng)], flat.amin()[None], flat.amax()[None]])
+    return flat
+
+
+@contextmanager
+def _watched_inputs(denoiser: nn.Module, names: Any, on_input: Any) -> Iterator[None]:
+    handles = []
+    for name in names:
+        hook = lambda module, args, name=name: on_input(name, args[0])  # noqa: E731
+        handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

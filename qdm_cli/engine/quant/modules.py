@@ -1,0 +1,178 @@
+"""Linear and Conv2d on centred integers held in floats: the training graph, and the simulation that the exported integers must equal.
+
+    y = op(q_x - z_x, q_w - z_w) * (s_x * s_w) + bias                                  (quantization spec 1.3)
+
+Sums of products of small integers are exact in fp32, so this form gives the integer kernels' accumulators bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qdm_cli.engine.diffusion.step_context import StepContext
+from qdm_cli.engine.quant.grid import (
+    CentredQuantize,
+    Granularity,
+    IntGrid,
+    PerChannel,
+    PerGroup,
+    broadcast,
+    qparams_from_range,
+    round_straight_through,
+)
+from qdm_cli.engine.quant.state import LayerDecision, LayerState
+
+
+def weight_granularity(decision: LayerDecision) -> Granularity:
+    """Granularity of the stored weight scale; a per-tensor scale is stored once per channel."""
+    return PerGroup(decision.group_size) if decision.granularity == "group" and decision.group_size else PerChannel(0)
+
+
+class StepScales(nn.Module):
+    """Activation scales and zero points as tables over denoising steps (TALSQ, Eq. 9 of EfficientDM); one row = static.
+
+    Scales are held as logarithms, so that one learning rate suits layers of any range. Zero points are real numbers that
+    are rounded, straight through, wherever they are used: otherwise training and kernel differ at the clip ends.
+    """
+
+    def __init__(self, scale: torch.Tensor, zero_point: torch.Tensor, grid: IntGrid, *, symmetric: bool):
+        super().__init__()
+        self.grid = grid
+        self.symmetric = symmetric
+        self.log_scale = nn.Parameter(scale.detach().float().log(), requires_grad=False)
+        self.zero_point = nn.Parameter(zero_point.detach().float().clone(), requires_grad=False)
+        self.register_buffer("exact_scale", scale.detach().float().clone(), persistent=False)
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and integer zero point, [R] each. Untouched scales are returned to the bit, not through exp(log)."""
+        trained = self.log_scale.requires_grad or self.exact_scale is None
+        scale = self.log_scale.exp() if trained else cast(torch.Tensor, self.exact_scale)
+        zero = round_straight_through(self.zero_point.clamp(self.grid.lo, self.grid.hi))
+        return scale, zero
+
+    def train_(self) -> StepScales:
+        """Make the tables trainable; the zero point of a symmetric quantizer stays 0."""
+        self.exact_scale = None
+        self.log_scale.requires_grad_(True)
+        self.zero_point.requires_grad_(not self.symmetric)
+        return self
+
+
+def dynamic_qparams(x: torch.Tensor, grid: IntGrid, *, symmetric: bool, per_token: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of this call: one per token ([..., 1]) or one per sample ([B, 1, 1, 1])."""
+    dims = (-1,) if per_token else tuple(range(1, x.ndim))
+    params = qparams_from_range(x.detach().amin(dims, keepdim=True), x.detach().amax(dims, keepdim=True), grid, symmetric=symmetric)
+    return params.scale, params.zero_point
+
+
+class CodedWeight(nn.Module):
+    """A weight that is integer codes already: what calibration leaves and export packs."""
+
+    def __init__(self, state: LayerState):
+        super().__init__()
+        granularity = weight_granularity(state.decision)
+        zero = broadcast(state.weight_zero_point.float(), state.codes.shape, granularity)
+        self.register_buffer("centred", state.codes.float() - zero)
+        self.register_buffer("scale", state.weight_scale.float())
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(centred codes as floats, scale [O] or [O, G])."""
+        return cast(torch.Tensor, self.centred), cast(torch.Tensor, self.scale)
+
+
+class QuantizedLayer(nn.Module):
+    """Shared part of QLinear and QConv2d.
+
+    Args:
+        decision: the bit policy of this layer.
+        weight: module that returns (centred codes as floats, scale).
+        bias: [O] or None.
+        scales: activation tables; None = dynamic or float activations by `decision`.
+        step: which denoising step it is.
+    """
+
+    def __init__(self, decision: LayerDecision, weight: nn.Module, bias: torch.Tensor | None, scales: StepScales | None, step: StepContext):
+        super().__init__()
+        self.decision = decision
+        self.weight_source = weight
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+        self.scales = scales
+        self.step = step
+
+    def centred_input(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(q - z as floats, scale that broadcasts against x); float activations pass through with scale None."""
+        if self.decision.bits_a is None:
+            return x, None
+        grid = IntGrid(self.decision.bits_a)
+        if self.scales is None:
+            per_token = self.decision.type == "Linear"
+            scale, zero = dynamic_qparams(x, grid, symmetric=self.decision.act_symmetric, per_token=per_token)
+        else:
+            scale_table, zero_table = self.scales.tables()
+            scale, zero = (_as_rows(self.step.pick(t), x.ndim) for t in (scale_table, zero_table))
+            zero = round_straight_through(zero)
+        return CentredQuantize.apply(x, scale, zero, grid.lo, grid.hi), scale
+
+    def combine(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer in fp32; the caller restores the dtype."""
+        centred, x_scale = self.centred_input(x.float())
+        weight, w_scale = self.weight_source()
+        if w_scale.ndim == 2:
+            weight = weight * broadcast(w_scale, weight.shape, PerGroup(weight.shape[1] // w_scale.shape[1]))
+            scale = torch.ones_like(w_scale[:, 0])
+        else:
+            scale = w_scale
+        channels = self.channel_shape(scale)
+        y = self.apply_op(centred, weight) * (channels if x_scale is None else x_scale * channels)
+        return y if self.bias is None else y + self.channel_shape(self.bias)
+
+    def forward(self, x: torch.Tensor, *unused: object) -> torch.Tensor:
+        """`unused`: diffusers passes a LoRA scale to some layers."""
+        # autocast would round the integer products to bf16, whose 8 bits of mantissa do not hold them
+        with torch.autocast(x.device.type, enabled=False):
+            return self.combine(x).to(x.dtype)
+
+    def apply_op(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def channel_shape(self, per_channel: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def _as_rows(value: torch.Tensor, ndim: int) -> torch.Tensor:
+    return value if value.ndim == 0 else value.reshape(-1, *([1] * (ndim - 1)))
+
+
+class QLinear(QuantizedLayer):
+    """x: [..., K] float -> [..., O]."""
+
+    def apply_op(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight)
+
+    def channel_shape(self, per_channel: torch.Tensor) -> torch.Tensor:
+        return per_channel
+
+
+class QConv2d(QuantizedLayer):
+    """x: [B, I, H, W] float -> [B, O, H', W']; a padded pixel is real 0."""
+
+    def __init__(self, decision: LayerDecision, weight: nn.Module, bias: torch.Tensor | None, scales: StepScales | None, step: StepContext, conv: nn.Conv2d):
+        super().__init__(decision, weight, bias, scales, step)
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def apply_op(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def channel_shape(self, per_channel: torch.Tensor) -> torch.Tensor:
+        return per_channel.reshape(-1, 1, 1)
+
+
+def build_layer(original: nn.Module, decision: LayerDecision, weight: nn.Module, bias: torch.Tensor | None, scales: StepScales | None, step: StepContext) -> QuantizedLayer:
+    """The quantized layer that takes the place of `original`."""
+    if isinstance(original, nn.Conv2d):
+        return QConv2d(decision, weight, bias, scales, step, original)
+    return QLinear(decision, weight, bias, scales, step)

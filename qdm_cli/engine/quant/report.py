@@ -1,0 +1,62 @@
+"""Tables and figures about a quantized state, for manifests and people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdm_cli.engine.quant.grid import QParams, dequantize
+from qdm_cli.engine.quant.modules import weight_granularity
+from qdm_cli.engine.quant.state import LayerState, QuantState
+
+
+def dequantized_weight(layer: LayerState) -> torch.Tensor:
+    """The float weight that the codes stand for, in f32 and the weight's shape."""
+    return dequantize(layer.codes, QParams(layer.weight_scale, layer.weight_zero_point.float()), weight_granularity(layer.decision))
+
+
+def layer_rows(state: QuantState) -> list[dict[str, Any]]:
+    """One row per Linear and Conv2d, quantized ones first, as the manifest stores them."""
+    rows = []
+    for name, layer in state.layers.items():
+        d = layer.decision
+        rows.append(
+            {
+                "name": name,
+                "type": d.type,
+                "shape": list(d.shape),
+                "role": d.role,
+                "bits_w": d.bits_w,
+                "bits_a": d.bits_a,
+                "granularity": d.granularity,
+                "group": d.group_size,
+                "symmetric": d.symmetric,
+                "timestep_rows": 0 if layer.act_scale is None else len(layer.act_scale),
+                "rule": d.rule,
+                "skipped_why": None,
+            }
+        )
+    rows += [
+        {"name": d.name, "type": d.type, "shape": list(d.shape), "role": d.role, "rule": d.rule, "skipped_why": d.skipped_why}
+        for d in state.skipped
+    ]
+    return rows
+
+
+def weight_metrics(denoiser: nn.Module, state: QuantState) -> dict[str, Any]:
+    """Mean bits per weight of the whole denoiser's layers and the SQNR of all quantized weights together, in dB."""
+    signal = noise = bits = count = 0.0
+    for name, layer in state.layers.items():
+        weight = denoiser.get_submodule(name).weight.detach().float().cpu()  # type: ignore[operator]
+        signal += float(weight.square().sum())
+        noise += float((weight - dequantized_weight(layer)).square().sum())
+        bits += layer.decision.bits_w * layer.decision.numel
+        count += layer.decision.numel
+    kept = sum(d.numel for d in state.skipped)
+    return {
+        "weight_sqnr_db": 10 * torch.tensor(signal / max(noise, 1e-30)).log10().item(),
+        "mean_bits": (bits + 16 * kept) / max(1.0, count + kept),
+        "quantized_share": count / max(1.0, count + kept),
+    }

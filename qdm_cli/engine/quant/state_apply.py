@@ -1,0 +1,65 @@
+"""Puts a quantized state into a float denoiser: simulated integer arithmetic on the exact codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qdm_cli.engine.diffusion.step_context import StepContext
+from qdm_cli.engine.errors import InputError
+from qdm_cli.engine.quant.grid import IntGrid
+from qdm_cli.engine.quant.modules import CodedWeight, StepScales, build_layer
+from qdm_cli.engine.quant.state import LayerState, QuantState
+
+
+def apply_state_(denoiser: nn.Module, state: QuantState) -> StepContext:
+    """Replace the layers of `state` by simulated ones and load its trained float parameters; the step hook is attached.
+
+    Raises:
+        InputError: the state belongs to another model.
+    """
+    step = StepContext(state.step_keys, state.row_mode)
+    for name, layer in state.layers.items():
+        original = checked_layer(denoiser, name, layer)
+        replace_(denoiser, name, build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step))
+    load_floats_(denoiser, state.floats)
+    step.attach(denoiser)
+    return step
+
+
+def scales_of(layer: LayerState) -> StepScales | None:
+    """Activation tables of a layer; None = dynamic or float activations."""
+    if layer.act_scale is None or layer.act_zero_point is None or layer.decision.bits_a is None:
+        return None
+    return StepScales(layer.act_scale, layer.act_zero_point, IntGrid(layer.decision.bits_a), symmetric=layer.decision.act_symmetric)
+
+
+def checked_layer(denoiser: nn.Module, name: str, layer: LayerState) -> nn.Module:
+    """The float layer that `layer` was made from.
+
+    Raises:
+        InputError: no such layer, or another shape.
+    """
+    try:
+        original = denoiser.get_submodule(name)
+    except AttributeError:
+        raise InputError(f"The quantized state has a layer '{name}' that {type(denoiser).__name__} lacks: it belongs to another model.") from None
+    if tuple(original.weight.shape) != tuple(layer.codes.shape):
+        raise InputError(f"'{name}' has shape {tuple(original.weight.shape)} in the model and {tuple(layer.codes.shape)} in the quantized state.")
+    return original
+
+
+def replace_(denoiser: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` at a module path."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(denoiser.get_submodule(parent), leaf, layer)
+
+
+def load_floats_(denoiser: nn.Module, floats: dict[str, torch.Tensor]) -> None:
+    """Copy trained parameters that lie outside quantized layers."""
+    own = dict(denoiser.named_parameters())
+    with torch.no_grad():
+        for name, value in floats.items():
+            if name not in own:
+                raise InputError(f"The quantized state has a parameter '{name}' that {type(denoiser).__name__} lacks.")
+            own[name].copy_(value)

@@ -1,0 +1,77 @@
+"""`calibrate`: full-precision trajectories, then codes and ranges from them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdm_cli.engine.context import StageResult
+from qdm_cli.engine.diffusion.sampling import generate, prompts_for
+from qdm_cli.engine.diffusion.trajectories import TrajectoryStore, TrajectoryWriter, batch_done, captured_calls, write_index
+from qdm_cli.engine.methods import function_of
+from qdm_cli.engine.models import LoadedPipeline, load_pipeline
+from qdm_cli.engine.quant.report import layer_rows, weight_metrics
+from qdm_cli.engine.quant.rules import resolve
+from qdm_cli.engine.quant.state import write_state
+
+if TYPE_CHECKING:
+    from qdm_cli.engine.artifact import Artifact
+    from qdm_cli.engine.context import RunContext
+
+
+def calibrate(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResult:
+    """Capture trajectories and choose every code and range. Data-free: the pipeline makes its own inputs.
+
+    Raises:
+        InputError: a rule matches nothing, or nothing can be quantized.
+        GateFailed: NaN or infinity in a weight or activation.
+    """
+    recipe = ctx.recipe
+    loaded = load_pipeline(
+        recipe.model, recipe.sampler, device=ctx.device, smoke=ctx.smoke, offline=ctx.offline, offload=recipe.device.offload
+    )
+    decisions = resolve(loaded.denoiser, recipe.quantize)
+    started = time.monotonic()
+    folder = capture(loaded, spec, ctx)
+    captured = time.monotonic()
+    state = function_of(spec)(loaded.denoiser, spec, ctx, decisions=decisions, store=TrajectoryStore(folder))
+    write_state(ctx.payload, state)
+    folder.rename(ctx.payload / "trajectories")
+    return StageResult(
+        layers=layer_rows(state),
+        sampler=recipe.sampler.model_dump(mode="json"),
+        metrics=weight_metrics(loaded.denoiser, state),
+        base_model=loaded.identity,
+        seeds={"trajectories": recipe.seed},
+        seconds={"trajectories": captured - started, "ranges": time.monotonic() - captured},
+        simulated=True,
+    )
+
+
+def capture(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Path:
+    """Run the pipeline batch by batch and stream its denoiser calls to disk; finished batches are not run again."""
+    recipe, data = ctx.recipe, spec.data
+    folder = ctx.resume / "trajectories"
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = prompts_for(data.prompts, data.samples)
+    starts = range(0, data.samples, data.batch)
+    for batch, start in enumerate(starts):
+        count = min(data.batch, data.samples - start)
+        if not batch_done(folder, batch):
+            writer = TrajectoryWriter(folder, batch, data.shard_size)
+            with captured_calls(loaded.denoiser, lambda arguments, output, writer=writer: writer.add(arguments)):
+                generate(
+                    loaded,
+                    recipe.sampler,
+                    count=count,
+                    prompts=prompts[start : start + count],
+                    seed=recipe.seed + start,
+                    batch=count,
+                    output="latent",
+                )
+            writer.close()
+        ctx.events.progress("trajectories", batch + 1, len(starts))
+    manifest = {"model": loaded.identity, "sampler": recipe.sampler.model_dump(mode="json"), "seed": recipe.seed, "samples": data.samples}
+    write_index(folder, manifest)
+    return folder
