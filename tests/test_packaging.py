@@ -83,8 +83,10 @@ def pyproject() -> dict[str, Any]:
 
 
 def test_package_list_is_the_tree() -> None:
-    folders = {str(Path(path).parent) for name in tracked_files() if name.endswith(".py") and (path := wheel_path(name))}
-    assert sorted(pyproject()["tool"]["setuptools"]["packages"]) == sorted(folder.replace("/", ".") for folder in folders)
+    sources = (path for name in tracked_files() if name.endswith(".py") and (path := wheel_path(name)))
+    tree = {".".join(Path(path).parent.parts) for path in sources}
+    listed = set(pyproject()["tool"]["setuptools"]["packages"])
+    assert listed == tree, f"packages in pyproject.toml: add {sorted(tree - listed)}, remove {sorted(listed - tree)}"
 
 
 def test_version_is_said_once() -> None:
