@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from qdm_cli.engine.artifact import finite
 from qdm_cli.engine.errors import Problem, QdmError, RecipeError
 
 if TYPE_CHECKING:
@@ -79,17 +80,7 @@ def write_stdout(text: str, stream: TextIO | None) -> None:
 
 def as_json(value: Any) -> str:
     """One line of pure ASCII JSON; NaN and infinity become null, which strict readers accept."""
-    return json.dumps(_finite(value), allow_nan=False, default=str)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+    return json.dumps(finite(value), allow_nan=False, default=str)
 
 
 def problem_line(problem: Problem) -> str:
@@ -219,7 +210,7 @@ class Terminal:
         if result.human is not None and self.format == "human" and self.stdout is not None:
             return self._table(result.human)
         line = result.line if result.line is not None else result.data
-        return write_stdout(line if isinstance(line, str) else json.dumps(_finite(line), indent=2, default=str), self.stdout)
+        return write_stdout(line if isinstance(line, str) else json.dumps(finite(line), indent=2, default=str), self.stdout)
 
     def _object(self, result: Result, command: str, seconds: float) -> Any:
         if result.raw:
