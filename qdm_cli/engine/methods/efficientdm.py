@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import dataclasses
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qdm_cli.engine.context import RunContext
+    from qdm_cli.engine.quant.distillation import Trajectories
+    from qdm_cli.engine.quant.state import QuantState
 
 
 class TrainSampler(Spec):
@@ -35,6 +38,8 @@ class LearningRates(Spec):
     """Absolute rate of the weight scales."""
     activation_scale: float = Field(5e-3, ge=0)
     """Rate of the logarithm of the activation scales; zero points take five times that, in code units."""
+    floats: float = Field(1e-4, ge=0)
+    """Rate of biases and norms, when they train."""
 
 
 class EfficientDMConfig(Spec):
@@ -51,6 +56,9 @@ class EfficientDMConfig(Spec):
     """Rank of the low-rank update; capped at the smaller side of each layer."""
     base: Literal["fp", "int"] = "fp"
     """What the update is added to: the full-precision weight, or its dequantized integer codes."""
+    order: Literal["trajectory", "shuffled"] = "trajectory"
+    """trajectory = every update sees one timestep, in sampling order (the paper); shuffled = the timesteps of `batch_size` trajectories
+    are mixed over as many updates."""
     sampler: TrainSampler = TrainSampler()
     """Training trajectories; steps that the deployment sampler does not visit get rows of their own."""
     rows: Literal["nearest", "linear"] = "nearest"
@@ -67,12 +75,10 @@ class EfficientDMConfig(Spec):
     """Decay of an exponential moving average of the trained parameters, which is then exported; null = none."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Autocast type of the training forward."""
-    clip: float | None = Field(1.0, gt=0)
-    """Gradient-norm clip; null = none."""
+    clip: float | None = Field(None, gt=0)
+    """Gradient-norm clip of adapters and weight scales; null = none."""
     checkpoint_every: int = Field(200, ge=1)
     """Updates between resumable checkpoints."""
-    log_every: int = Field(20, ge=1)
-    """Updates between lines of metrics.jsonl."""
     log: tuple[Literal["tensorboard"], ...] = ()
     """Further loggers."""
     diverge_factor: float = Field(10.0, gt=1)
@@ -80,8 +86,20 @@ class EfficientDMConfig(Spec):
 
 
 @method(EfficientDMConfig)
-def efficientdm(denoiser: nn.Module, cfg: EfficientDMConfig, ctx: RunContext, **inputs: Any) -> dict[str, float]:
-    """Train adapters, weight scales and per-step activation scales of a calibrated denoiser along full-precision trajectories."""
-    from qdm_cli.engine.quant.distillation import distill
+def efficientdm(denoiser: nn.Module, cfg: EfficientDMConfig, ctx: RunContext, *, state: QuantState, trajectories: Trajectories) -> tuple[QuantState, dict[str, float]]:
+    """Train adapters, weight scales and per-step activation scales of a calibrated denoiser along full-precision trajectories.
 
-    return distill(denoiser, cfg, ctx, **inputs)
+    Returns:
+        The integer state with the adapters merged, and first and last loss.
+    """
+    from qdm_cli.engine.diffusion.trajectories import timestep_of
+    from qdm_cli.engine.quant.distillation import distill
+    from qdm_cli.engine.quant.qalora import build_student, with_rows
+
+    timesteps = sorted({timestep_of(arguments) for arguments, _ in trajectories.run(0)})
+    start = dataclasses.replace(with_rows(state, timesteps), row_mode=cfg.rows)
+    student = build_student(
+        denoiser, start, rank=cfg.rank, base=cfg.base, train_bias=cfg.train_bias, train_norm=cfg.train_norm, seed=ctx.recipe.seed
+    )
+    metrics = distill(student, trajectories, cfg, ctx)
+    return student.state(), metrics

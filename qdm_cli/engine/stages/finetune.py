@@ -1,0 +1,82 @@
+"""`finetune`: train a calibrated denoiser and leave integers."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+from qdm_cli.engine.context import StageResult
+from qdm_cli.engine.diffusion.guidance import guidance_order
+from qdm_cli.engine.diffusion.sampling import generate, prompts_for
+from qdm_cli.engine.diffusion.trajectories import captured_calls, sample_tensor
+from qdm_cli.engine.errors import InputError
+from qdm_cli.engine.methods import function_of
+from qdm_cli.engine.models import LoadedPipeline, load_pipeline
+from qdm_cli.engine.quant.distillation import Call, Trajectories, write_tensorboard
+from qdm_cli.engine.quant.report import layer_rows, weight_metrics
+from qdm_cli.engine.quant.state import read_state, write_state
+
+if TYPE_CHECKING:
+    from qdm_cli.engine.artifact import Artifact
+    from qdm_cli.engine.context import RunContext
+    from qdm_cli.engine.recipe.schema import SamplerSpec
+
+
+def finetune(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResult:
+    """Train what `calibrate` initialised. No data: the full-precision pipeline makes its own trajectories.
+
+    Raises:
+        InputError: no calibrated artifact was given.
+        GateFailed: training diverged; names the layer.
+    """
+    if source is None:
+        raise InputError("finetune needs a calibrated artifact: run `qdm calibrate` on the same recipe first, or pass --from DIR.")
+    recipe = ctx.recipe
+    state = read_state(source.folder)
+    loaded = load_pipeline(
+        recipe.model, recipe.sampler, device=ctx.device, smoke=ctx.smoke, offline=ctx.offline, offload=recipe.device.offload
+    )
+    started = time.monotonic()
+    trained, metrics = function_of(spec)(loaded.denoiser, spec, ctx, state=state, trajectories=trajectories_of(loaded, spec, ctx))
+    write_state(ctx.payload, trained)
+    log_file = ctx.resume / "metrics.jsonl"
+    shutil.copyfile(log_file, ctx.payload / "metrics.jsonl")
+    if "tensorboard" in spec.log:
+        write_tensorboard(log_file, ctx.payload / "tb")
+    return StageResult(
+        layers=layer_rows(trained),
+        sampler=recipe.sampler.model_dump(mode="json"),
+        metrics=metrics | weight_metrics(loaded.denoiser, trained),
+        base_model=loaded.identity,
+        seeds={"trajectories": recipe.seed, "adapters": recipe.seed},
+        seconds={"train": time.monotonic() - started},
+        simulated=True,
+    )
+
+
+def trajectories_of(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Trajectories:
+    """Full-precision calls of the training sampler. Pool k has seeds of its own, apart from those of evaluation."""
+    sampler = train_sampler(ctx.recipe.sampler, spec)
+    count = spec.batch_size
+    offset = 1_000_000 + ctx.recipe.seed
+
+    def run(pool: int) -> list[Call]:
+        calls: list[Call] = []
+
+        def keep(arguments: dict[str, Any], output: Any) -> None:
+            calls.append((arguments, output.detach().clone()))
+
+        prompts = prompts_for("builtin:captions-128", count * (pool + 1))[-count:]
+        with captured_calls(loaded.denoiser, keep):
+            generate(loaded, sampler, count=count, prompts=prompts, seed=offset + pool * count, batch=count, output="latent")
+        return calls
+
+    first = sample_tensor(run(0)[0][0])
+    order = guidance_order(type(loaded.pipeline).__name__, int(first.shape[0]), count)
+    return Trajectories(run=run, order=order, guidance=sampler.guidance if sampler.guidance is not None else 7.5)
+
+
+def train_sampler(deployed: SamplerSpec, spec: Any) -> SamplerSpec:
+    """The deployment sampler with the fields that `finetune.sampler` overrides."""
+    return deployed.model_copy(update=spec.sampler.model_dump(exclude_none=True))
