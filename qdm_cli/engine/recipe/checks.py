@@ -1,0 +1,89 @@
+"""Rules that concern more than one setting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qdm_cli.engine.methods import METHODS
+from qdm_cli.engine.recipe.errors import Finding
+from qdm_cli.engine.recipe.schema import QuantizeSpec, Recipe, RoleMatch, Rule
+from qdm_cli.engine.recipe.source import Document
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+CONDITION = re.compile(rf"\s*(?P<metric>[A-Za-z_][\w\[\].@/-]*)(?P<optional>\?)?\s*(?P<op><=|>=|==|!=|<|>)\s*(?P<number>{_NUMBER})\s*")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+STAGES = (*METHODS, "export", "evaluate")
+
+
+def cross_checks(recipe: Recipe) -> list[Finding]:
+    """Everything that the schema alone cannot see."""
+    return [*_quantize(recipe.quantize), *_fail_if(recipe), *_device(recipe)]
+
+
+def empty_stages(text: str, document: Document) -> list[Finding]:
+    """`export:` with nothing behind it, which YAML reads as null and thus as "leave this stage out"."""
+    bare = {stage for stage in STAGES if re.search(rf"^{stage}:[ \t]*(#.*)?$", text, re.MULTILINE)}
+    meant = "has no settings. Write {} for its defaults, or null to leave the stage out"
+    return [
+        Finding((stage,), meant) for stage in STAGES if stage in bare and document.data.get(stage, ()) is None and _in_file(document, stage)
+    ]
+
+
+def _in_file(document: Document, stage: str) -> bool:
+    origin = document.origins.get((stage,))
+    return origin is not None and origin.file is not None
+
+
+def _quantize(quantize: QuantizeSpec) -> Iterator[Finding]:
+    weights, activations = quantize.weights, quantize.activations
+    path = ("quantize", "weights")
+    if weights.granularity == "group" and weights.group_size is None:
+        yield Finding((*path, "granularity"), "group needs group_size, such as 64")
+    if weights.granularity != "group" and weights.group_size is not None:
+        yield Finding((*path, "group_size"), f"is only for granularity group (it is {weights.granularity})")
+    if activations and activations.timestep_aware and activations.mode != "static":
+        yield Finding(("quantize", "activations", "timestep_aware"), f"needs mode static (it is {activations.mode})")
+    for index, rule in enumerate(quantize.rules):
+        for name, message in _rule(rule, quantize):
+            yield Finding(("quantize", "rules", index, *name.split(".")), message)
+
+
+def _rule(rule: Rule, quantize: QuantizeSpec) -> Iterator[tuple[str, str]]:
+    """Name of the setting and what is wrong with it."""
+    granularity = rule.granularity or quantize.weights.granularity
+    if granularity == "group" and not (rule.group_size or quantize.weights.group_size or rule.skip):
+        yield "granularity", "group needs group_size, such as 64"
+    if rule.group_size is not None and granularity != "group":
+        yield "group_size", f"is only for granularity group (it is {granularity})"
+    activations = quantize.activations
+    if rule.timestep_aware and (activations is None or activations.mode != "static"):
+        yield "timestep_aware", "needs quantize.activations with mode static"
+    if rule.activations is not None and activations is None:
+        yield "activations", "has no effect: quantize.activations is null"
+    settings = ("bits", "weights", "activations", "granularity", "group_size", "timestep_aware")
+    if rule.skip and (given := [name for name in settings if getattr(rule, name) is not None]):
+        yield given[0], "has no effect beside skip: true"
+    yield from _match(rule.match)
+
+
+def _match(match: str | RoleMatch) -> Iterator[tuple[str, str]]:
+    if isinstance(match, str):
+        if not all(part.strip() for part in match.split("|")):
+            yield "match", "has an empty pattern"
+    elif match.role is None and match.type is None and match.kernel is None:
+        yield "match", "must give role, type or kernel"
+    elif match.kernel is not None and match.type == "Linear":
+        yield "match.kernel", "is only for type Conv2d"
+
+
+def _fail_if(recipe: Recipe) -> Iterator[Finding]:
+    for index, condition in enumerate(recipe.evaluate.fail_if if recipe.evaluate else ()):
+        if CONDITION.fullmatch(condition) is None:
+            message = f"must be METRIC OP NUMBER with OP one of < <= > >= == !=, such as 'psnr<18' (got '{condition}')"
+            yield Finding(("evaluate", "fail_if", index), message)
+
+
+def _device(recipe: Recipe) -> Iterator[Finding]:
+    if DEVICE.fullmatch(recipe.device.name) is None:
+        yield Finding(("device", "name"), f"must be auto, cpu, cuda or cuda:N (got '{recipe.device.name}')")
