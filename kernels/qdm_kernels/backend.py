@@ -7,6 +7,7 @@ A `triton` backend takes its place in front of `cpu` (README: Adding a backend).
 import enum
 import functools
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +90,7 @@ def _why_not_onednn(exact: Exact, low: int, high: int) -> str | None:
 
 @functools.cache
 def probe() -> Probe:
-    """Run each int8 kernel on worst cases and random data against int64, once per process; takes a few milliseconds.
+    """Run each int8 kernel on worst cases and random data against int64, once per process, at the first `prepare`.
 
     CPU flags are not asked: they do not show a cap such as ONEDNN_MAX_CPU_ISA.
     """
@@ -97,16 +98,16 @@ def probe() -> Probe:
         return Probe(linear=_exactness(_linear_is_exact), conv2d=_exactness(_conv2d_is_exact), fp32=_fp32_is_exact())
 
 
-def _exactness(is_exact) -> Exact:
+def _exactness(is_exact: Callable[[int], bool]) -> Exact:
     try:
         if is_exact(Exact.FULL.weight_limit):
             return Exact.FULL
         return Exact.SMALL if is_exact(Exact.SMALL.weight_limit) else Exact.NONE
-    except (RuntimeError, AttributeError, NotImplementedError):  # private API: gone, or refused by this build
+    except (RuntimeError, AttributeError, TypeError):  # private API: gone, or refused by this build
         return Exact.NONE
 
 
-def _probe_pairs(x_shape: tuple[int, ...], w_shape: tuple[int, ...], limit: int):
+def _probe_pairs(x_shape: tuple[int, ...], w_shape: tuple[int, ...], limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """All-maximum, all-minimum and random operands: (x uint8, w int8) with |w| <= limit."""
     rng = torch.Generator().manual_seed(0)
     top = min(limit, 127)
@@ -133,8 +134,8 @@ def _linear_is_exact(limit: int) -> bool:
 
 def _conv2d_is_exact(limit: int) -> bool:
     same = Conv2dGeometry(padding=(1, 1))
-    cases = (((2, 64, 6, 7), (32, 64, 3, 3), same), ((1, 72, 5, 5), (40, 72, 1, 1), Conv2dGeometry()))
-    cases += (((1, 32, 6, 6), (32, 1, 3, 3), Conv2dGeometry(stride=(2, 2), padding=(1, 1), groups=32)),)
+    cases = [((2, 64, 6, 7), (32, 64, 3, 3), same), ((1, 72, 5, 5), (40, 72, 1, 1), Conv2dGeometry())]
+    cases.append(((1, 32, 6, 6), (32, 1, 3, 3), Conv2dGeometry(stride=(2, 2), padding=(1, 1), groups=32)))
     for x_shape, w_shape, g in cases:
         for x, w in _probe_pairs(x_shape, w_shape, limit):
             x, packed, scale = x.contiguous(memory_format=torch.channels_last), onednn.pack_conv2d(w, g), _scales(w_shape[0])

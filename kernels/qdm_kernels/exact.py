@@ -18,7 +18,10 @@ def subtract_zero_point(codes: Tensor, zero_point: Tensor) -> Tensor:
 
 def value_range(values: Tensor) -> tuple[int, int]:
     """Lowest and highest value of an integer tensor; (0, 0) when empty."""
-    return tuple(int(v) for v in values.aminmax()) if values.numel() else (0, 0)
+    if values.numel() == 0:
+        return 0, 0
+    low, high = values.aminmax()
+    return int(low), int(high)
 
 
 def l1_by_input(weight: Tensor) -> Tensor:

@@ -14,6 +14,13 @@ class Conv2dGeometry:
     dilation: Pair = (1, 1)
     groups: int = 1
 
+    def __post_init__(self) -> None:
+        for name in ("stride", "padding", "dilation"):
+            pair = tuple(getattr(self, name))
+            if len(pair) != 2:
+                raise ValueError(f"{name} is (rows, columns), got {pair}")
+            object.__setattr__(self, name, pair)
+
     def unpadded(self) -> "Conv2dGeometry":
         """The same convolution for an input that already carries its border."""
         return replace(self, padding=(0, 0))

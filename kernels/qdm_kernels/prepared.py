@@ -1,7 +1,35 @@
-"""Checks at the public boundary of the integer layers."""
+"""The public boundary of the integer ops: no gradients, no autocast, checked arguments."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def integer_op(fn: Callable[P, R]) -> Callable[P, R]:
+    """Run fn without gradients and outside autocast, which would round float32 sums to bfloat16."""
+
+    @wraps(fn)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.no_grad():
+            if not torch.is_autocast_enabled("cpu"):
+                return fn(*args, **kwargs)
+            with torch.autocast("cpu", enabled=False):
+                return fn(*args, **kwargs)
+
+    return wrapper
+
+
+class Prepared:
+    """A packed weight is immutable, and oneDNN's opaque storage cannot be copied: a deep copy is the object itself."""
+
+    def __deepcopy__(self, memo: dict):
+        return self
 
 
 def check_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, *, dim: int) -> None:

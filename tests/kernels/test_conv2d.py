@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -212,6 +213,16 @@ def test_channels_last_out_from_any_layout(draw, limit: int, z_x: int) -> None:
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, op.conv2d(x.contiguous(), *args))
     assert torch.equal(y, op.conv2d(x.transpose(2, 3).contiguous().transpose(2, 3), *args))
+
+
+@pytest.mark.parametrize("limit", [64, 128])
+def test_autocast_and_deepcopy_change_nothing(draw, limit: int) -> None:
+    case = Case((1, 12, 6, 5), 8)
+    w, args = draw(case.weight_shape, -limit, limit - 1), (draw(case.x), torch.tensor(0.1), torch.tensor(3))
+    layer = prepare(case, w)
+    want = op.conv2d(*args, layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(op.conv2d(*args, copy.deepcopy(layer)), want)
 
 
 def test_leaves_the_input_alone(draw) -> None:

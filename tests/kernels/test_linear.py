@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -105,6 +107,17 @@ def test_scales_and_zero_points_change_without_packing_again(draw) -> None:
     for z, s in ((0, 0.1), (-128, 0.2), (90, 0.01), (0, 0.1)):
         args = x, torch.tensor(s), torch.tensor(z)
         assert torch.equal(op.linear(*args, layer), op.linear(*args, ref))
+
+
+@pytest.mark.parametrize("limit", [64, 128])
+def test_autocast_grad_and_deepcopy_change_nothing(draw, limit: int) -> None:
+    w, x, s = draw((16, 100), -limit, limit - 1), draw((4, 100)), torch.tensor(0.1, requires_grad=True)
+    layer = prepare(w)
+    want = op.linear(x, s, torch.tensor(3), layer)
+    assert not want.requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(op.linear(x, s, torch.tensor(3), layer), want)
+    assert torch.equal(op.linear(x, s, torch.tensor(3), copy.deepcopy(layer)), want)
 
 
 def test_strided_input(draw) -> None:

@@ -10,13 +10,13 @@ from qdm_kernels import backend as _backend
 from qdm_kernels.conv2d_w8a8 import cpu, reference
 from qdm_kernels.exact import check_int32, subtract_zero_point
 from qdm_kernels.geometry import Conv2dGeometry, Pair
-from qdm_kernels.prepared import check_activation, check_weight
+from qdm_kernels.prepared import Prepared, check_activation, check_weight, integer_op
 
 _IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
 
 
 @dataclass(frozen=True)
-class PreparedConv2d:
+class PreparedConv2d(Prepared):
     """A weight packed for one backend. strategy: how it computes; reason: why not by oneDNN int8, None = it does or was not asked."""
 
     backend: str
@@ -38,7 +38,7 @@ class PreparedConv2d:
         return self.state.reason
 
 
-@torch.no_grad()
+@integer_op
 def prepare(
     codes: Tensor,
     scale: Tensor,
@@ -60,14 +60,14 @@ def prepare(
     check_int32(subtract_zero_point(codes, zero_point))
     if codes.shape[0] % groups:
         raise ValueError(f"{codes.shape[0]} filters do not divide into {groups} groups")
-    geometry = Conv2dGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = Conv2dGeometry(stride, padding, dilation, groups)
     name = _backend.choose("conv2d_w8a8", device=codes.device, backend=backend)
     state = _IMPLEMENTATIONS[name].prepare(codes, zero_point, geometry)
     kept_bias = None if bias is None else bias.detach().float().view(-1, 1, 1)
     return PreparedConv2d(name, codes.shape[1] * groups, codes.shape[0], scale.detach().float().view(-1, 1, 1), kept_bias, geometry, state)
 
 
-@torch.no_grad()
+@integer_op
 def conv2d(x_codes: Tensor, x_scale: Tensor, x_zero_point: Tensor, prepared: PreparedConv2d) -> Tensor:
     """Apply a prepared layer: x_codes int8 [B, I, H, W] -> float32 [B, O, H', W'] channels_last, bit-identical on every backend.
 
@@ -79,7 +79,7 @@ def conv2d(x_codes: Tensor, x_scale: Tensor, x_zero_point: Tensor, prepared: Pre
     return _IMPLEMENTATIONS[prepared.backend].conv2d(x, s, x_zero_point, prepared.scale, prepared.bias, prepared.state)
 
 
-@torch.no_grad()
+@integer_op
 def accumulate(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedConv2d) -> Tensor:
     """Exact integer part: sum (x - z_x)(w - z_w), x_codes int8 [B, I, H, W] -> int32 [B, O, H', W']. Errors as `conv2d`."""
     x = _channels_last(x_codes, x_zero_point, prepared)

@@ -9,13 +9,13 @@ from torch import Tensor
 from qdm_kernels import backend as _backend
 from qdm_kernels.exact import check_int32, subtract_zero_point
 from qdm_kernels.linear_w8a8 import cpu, reference
-from qdm_kernels.prepared import check_activation, check_weight
+from qdm_kernels.prepared import Prepared, check_activation, check_weight, integer_op
 
 _IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
 
 
 @dataclass(frozen=True)
-class PreparedLinear:
+class PreparedLinear(Prepared):
     """A weight packed for one backend. strategy: how it computes; reason: why not by oneDNN int8, None = it does or was not asked."""
 
     backend: str
@@ -36,7 +36,7 @@ class PreparedLinear:
         return self.state.reason
 
 
-@torch.no_grad()
+@integer_op
 def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, *, backend: str | None = None) -> PreparedLinear:
     """Pack a weight once: codes int8 [N, K], scale float32 [N], zero_point int [N], bias float32 [N] or None.
 
@@ -51,7 +51,7 @@ def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | Non
     return PreparedLinear(name, k, n, scale.detach().float(), kept_bias, _IMPLEMENTATIONS[name].prepare(codes, zero_point))
 
 
-@torch.no_grad()
+@integer_op
 def linear(x_codes: Tensor, x_scale: Tensor, x_zero_point: Tensor, prepared: PreparedLinear) -> Tensor:
     """Apply a prepared layer: x_codes int8 [..., K] -> float32 [..., N], bit-identical on every backend.
 
@@ -63,7 +63,7 @@ def linear(x_codes: Tensor, x_scale: Tensor, x_zero_point: Tensor, prepared: Pre
     return y.reshape(*lead, prepared.out_features)
 
 
-@torch.no_grad()
+@integer_op
 def accumulate(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedLinear) -> Tensor:
     """Exact integer part: sum_k (x - z_x)(w - z_w), x_codes int8 [..., K] -> int32 [..., N]. Errors as `linear`."""
     rows, lead = _rows(x_codes, x_zero_point, prepared)

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from qdm_kernels import backend
+from qdm_kernels.prepared import integer_op
 from qdm_kernels.quantize import cpu, reference
 
 _IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
 _SMALLEST_ROW = 1e-30  # below it the reciprocal of the scale overflows; such a row is treated as zero
 
 
-@torch.no_grad()
+@integer_op
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Round activations to signed codes of `bits`: float [...] -> int8 [...], memory format kept.
 
@@ -27,7 +28,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     return _IMPLEMENTATIONS[backend.choose("quantize", device=x.device)].quantize(x, scale, zero_point, bits)
 
 
-@torch.no_grad()
+@integer_op
 def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Round each row on its own symmetric scale: float [..., K] -> (int8 [..., K], float32 scale [..., 1]).
 
