@@ -7,11 +7,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from qdm_cli.engine.artifact import finite
 from qdm_cli.engine.errors import Problem, QdmError, RecipeError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Result:
         line: the one line of stdout for people and pipes; None = `data` itself if that is a string, else indented JSON.
         exit_code: 0, or 5 when a gate failed and the result is printed all the same.
         raw: True = `--format json` prints `data` itself (a JSON schema, say) and not the common object.
+        notes: lines for stderr after the result, such as the gate that failed.
     """
 
     data: Any
@@ -41,6 +42,7 @@ class Result:
     line: str | None = None
     exit_code: int = 0
     raw: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class ClosedPipe(Exception):
@@ -78,9 +80,11 @@ def write_stdout(text: str, stream: TextIO | None) -> None:
         raise ClosedPipe from error
 
 
-def as_json(value: Any) -> str:
-    """One line of pure ASCII JSON; NaN and infinity become null, which strict readers accept."""
-    return json.dumps(finite(value), allow_nan=False, default=str)
+def as_json(value: Any, indent: int | None = None) -> str:
+    """Pure ASCII JSON, on one line without `indent`; NaN and infinity become null, which strict readers accept."""
+    from qdm_cli.engine.artifact import finite
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False, default=str)
 
 
 def problem_line(problem: Problem) -> str:
@@ -210,7 +214,7 @@ class Terminal:
         if result.human is not None and self.format == "human" and self.stdout is not None:
             return self._table(result.human)
         line = result.line if result.line is not None else result.data
-        return write_stdout(line if isinstance(line, str) else json.dumps(finite(line), indent=2, default=str), self.stdout)
+        return write_stdout(line if isinstance(line, str) else as_json(line, indent=2), self.stdout)
 
     def _object(self, result: Result, command: str, seconds: float) -> Any:
         if result.raw:
@@ -245,6 +249,45 @@ class Terminal:
             errors = [{"where": p.where, "path": p.path, "message": p.message, "hint": p.hint} for p in error.problems]
             head = {"schema": SCHEMA, "command": command, "status": "error", "exit_code": code}
             write_stdout(as_json({**head, "errors": errors, "warnings": self.warnings}), self.stdout)
+
+
+def fill_closed_descriptors() -> None:
+    """Open /dev/null where the shell closed descriptor 0, 1 or 2 (`>&-`): the next file would get that number, and stray output."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+@contextmanager
+def reserved_stdout() -> Iterator[None]:
+    """While a command works, what libraries print on stdout goes to stderr, from Python and from C alike."""
+    stream, number = sys.stdout, None
+    with suppress(AttributeError, OSError, ValueError):
+        number = stream.fileno()
+    if stream is None or sys.stderr is None or number != 1:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    stream.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _flush_c_streams()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _flush_c_streams() -> None:
+    """What C code printed waits in a buffer; it must leave before descriptor 1 is the result's again."""
+    if "torch" in sys.modules:
+        import ctypes
+
+        ctypes.CDLL(None).fflush(None)
 
 
 def silence(stream: TextIO) -> None:

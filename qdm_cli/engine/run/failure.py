@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qdm_cli.engine.errors import OutOfMemory, QdmError
+from qdm_cli.engine.errors import EnvironmentProblem, OutOfMemory, QdmError
 from qdm_cli.engine.recipe.schema import Recipe
 from qdm_cli.engine.run.folder import storage_problem
 from qdm_cli.engine.run.host import peak_bytes
@@ -16,6 +16,7 @@ MEMORY_SETTING = {
     "export": "device.offload",
     "evaluate": "evaluate.batch",
 }
+_EXTRAS = {"eval": ("torchvision", "lpips", "torch_fidelity"), "train": ("tensorboard", "peft")}
 _MEMORY_TEXTS = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory")
 
 
@@ -31,13 +32,23 @@ def explain(error: Exception, stage: str, recipe: Recipe, *, device: str, log: P
     """The error to show for an exception of a stage."""
     if isinstance(error, QdmError):
         return error
-    storage = storage_problem(error, log.parent)
-    if storage is not None:
-        return storage
+    outside = storage_problem(error, log.parent) or missing_package(error)
+    if outside is not None:
+        return outside
     if is_out_of_memory(error):
         return OutOfMemory(_memory_message(stage, recipe, device), path=MEMORY_SETTING.get(stage))
     first = (str(error).strip().splitlines() or ["no message"])[0]
     return StageFailed(f"{stage} failed: {type(error).__name__}: {first} (traceback in {log}, or with --debug)")
+
+
+def missing_package(error: BaseException) -> EnvironmentProblem | None:
+    """The pip line for a package that is not installed; None = another error, or a module of qdm itself."""
+    name = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if not name or name in ("qdm_cli", "qdm_kernels"):
+        return None
+    extra = next((extra for extra, names in _EXTRAS.items() if name in names), None)
+    package = f"'qdm[{extra}]'" if extra else name
+    return EnvironmentProblem(f"the package {name} is not installed. Install it with: pip install {package}")
 
 
 def is_out_of_memory(error: Exception) -> bool:

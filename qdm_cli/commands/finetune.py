@@ -1,0 +1,22 @@
+"""`qdm finetune`."""
+
+from __future__ import annotations
+
+import typer
+
+from qdm_cli.commands._stages import DryRunOption, FromOption, OutOption, OverridesArgument, RecipeArgument, SetOption, stage_command
+from qdm_cli.report import Result
+
+
+def finetune(
+    ctx: typer.Context,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    settings: SetOption = None,
+    source: FromOption = None,
+    out: OutOption = None,
+    dry_run: DryRunOption = False,
+) -> Result:
+    """Train the quantized model to follow the full-precision one, starting from a calibrated artifact."""
+    changes = [*(overrides or []), *(settings or [])]
+    return stage_command(ctx, "finetune", recipe, changes, source=source, out=out, dry_run=dry_run)
