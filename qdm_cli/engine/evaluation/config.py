@@ -26,7 +26,9 @@ class DistributionSuite(Spec):
     features: Literal["auto", "fashion", "inception"] = "auto"
     """`fashion` = the offline network that ships with qdm (one-channel 32x32 images only); auto = by image shape."""
     reference: str = "auto"
-    """`auto` = the shipped statistics (fashion) or the base model's samples; or a folder of images, or a statistics .npz."""
+    """`auto` = the shipped statistics (fashion) or the base model's samples; or a folder of images, or an .npz with `mu` and `sigma`."""
+    save_npz: bool = False
+    """Write the images to samples.npz (uint8 [N, H, W, C] as `arr_0`), the input of the ADM evaluator."""
 
 
 class CostSuite(Spec):
@@ -54,7 +56,7 @@ class MetricWeights(Spec):
 
     inception: str | None = None
     """Path of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`; `auto` = let the library download it; null = not used."""
-    lpips: str | None = None
+    lpips: Literal["auto"] | None = None
     """`auto` = let the library download the backbone; null = not used."""
 
 
@@ -67,6 +69,8 @@ class EvaluateSpec(Spec):
     """Images per suite unless the suite says otherwise."""
     batch: int = Field(64, ge=1)
     """Images generated at a time; results do not depend on it."""
+    prompts: str = "builtin:captions-128"
+    """Prompts of text-to-image pipelines, taken in turn: the bundled captions, or a .txt file with one per line."""
     against: str = "base"
     """`base` = the uncompressed model of the lineage, or the folder or metrics.json of another run with the same protocol."""
     weights: MetricWeights = MetricWeights()
