@@ -1,0 +1,31 @@
+"""qdm makes diffusion models smaller and faster. Importing it is cheap and lets stock diffusers open folders written by `qdm export`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qdm_cli.engine.runtime.registration import register, registration_status
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load", "register", "registration_status"]
+
+
+def load(folder: str | Path, **kwargs: Any) -> Any:
+    """Open a folder written by `qdm export` as a diffusers pipeline.
+
+    Args:
+        folder: the exported artifact.
+        kwargs: handed to `DiffusionPipeline.from_pretrained`, such as `dtype` or `device_map`.
+
+    Raises:
+        qdm_cli.engine.errors.InputError: no such folder, not an export, or its files are corrupt.
+    """
+    from qdm_cli.engine.runtime.loading import open_pipeline
+
+    return open_pipeline(folder, **kwargs)
+
+
+register()

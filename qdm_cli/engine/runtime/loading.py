@@ -1,0 +1,57 @@
+"""Opens an exported folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qdm_cli.engine.errors import EnvironmentProblem, InputError
+from qdm_cli.engine.runtime.registration import register, registration_status
+
+
+def open_pipeline(folder: str | Path, **kwargs: Any) -> Any:
+    """`DiffusionPipeline.from_pretrained` of an exported folder, with errors that say what to do.
+
+    Raises:
+        InputError: no such folder, an artifact that is not exported yet, a lone component, or corrupt files.
+        EnvironmentProblem: this diffusers does not take qdm's quantizer.
+    """
+    folder = check_export(folder)
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    register()
+    status = registration_status()
+    if status["state"] != "registered":
+        raise EnvironmentProblem(f"qdm is not registered with diffusers: {status['why']}")
+    try:
+        return DiffusionPipeline.from_pretrained(folder, **kwargs)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be loaded: {error}") from error
+
+
+def check_export(folder: str | Path) -> Path:
+    """The absolute path of a folder that holds a whole pipeline.
+
+    Raises:
+        InputError: as in `open_pipeline`.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if (folder / "model_index.json").is_file():
+        return folder
+    kind = _kind(folder / "qdm.json")
+    if kind in ("calibrated", "finetuned", "cached"):
+        raise InputError(f"{folder} is a {kind} artifact, which diffusers cannot open. Export it first: qdm export RECIPE --from {folder}")
+    if kind == "exported":
+        raise InputError(f"{folder} holds the denoiser alone (component_only): load it with from_pretrained of its diffusers class.")
+    raise InputError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+
+
+def _kind(manifest: Path) -> str | None:
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,309 @@
+"""Linear and Conv2d on stored integer codes: what runs in an exported denoiser.
+
+    y = op(q_x - z_x, codes - z_w) * (s_x * s_w) + bias            (quantization specification 1.3)
+
+The same order of operations as the simulated layers of `engine.quant.modules`, so that both give the same bits wherever the simulation's
+sums are exact in float32. Codes become a backend's own layout at the first call; a move or a load drops it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qdm_cli.engine.diffusion.step_context import StepContext
+from qdm_cli.engine.quant.grid import IntGrid, PerChannel, PerGroup, broadcast, centred_codes
+from qdm_cli.engine.quant.modules import dynamic_qparams
+from qdm_cli.engine.quant.state import LayerState, QuantState
+from qdm_cli.engine.quant.state_apply import checked_layer, load_floats_, replace_
+from qdm_cli.engine.runtime.layer import LayerSpec
+from qdm_kernels import backend
+from qdm_kernels.conv2d_w8a8 import op as conv2d_op
+from qdm_kernels.layout import pack_weight, unpack_weight
+from qdm_kernels.linear_w8a8 import op as linear_op
+from qdm_kernels.quantize.op import quantize
+
+_TORCH_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
+_BUFFERS = ("weight", "weight_scale", "weight_zero_point", "bias", "act_scale", "act_zero_point")
+
+
+class PackedLayer(nn.Module):
+    """Shared part of PackedLinear and PackedConv2d.
+
+    Buffers (None where `spec.tensors()` has no such entry): weight, packed codes; weight_scale f32 [O] or [O, G]; weight_zero_point int8;
+    bias f32 [O]; act_scale f32 [R]; act_zero_point int8 [R].
+    """
+
+    op = ""  # name of the qdm_kernels op
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, spec: LayerSpec, *, device: str | torch.device = "meta"):
+        super().__init__()
+        self.spec = spec
+        self.step = StepContext()
+        self._prepared: Any = None
+        self._row_sums: Tensor | None = None
+        table = spec.tensors()
+        for name in _BUFFERS:
+            entry = table.get(name)
+            self.register_buffer(name, None if entry is None else torch.zeros(entry[1], dtype=_TORCH_DTYPES[entry[0]], device=device))
+
+    def forward(self, x: Tensor, *unused: object) -> Tensor:
+        """x: float, [..., K] or [B, I, H, W] -> the same dtype. `unused`: diffusers passes a LoRA scale to some layers."""
+        if self.spec.bits_a is None or self.spec.group is not None:
+            return self._float_forward(x)
+        if not _has_integer_kernel(self.op, x.device.type):
+            return self._float_forward(x)
+        scale, zero_point = self._activation(x)
+        if zero_point.numel() == 1:
+            return self._integer_forward(x, scale, zero_point).to(x.dtype)
+        return self._forward_by_zero_point(x, scale, zero_point).to(x.dtype)
+
+    def codes(self) -> Tensor:
+        """int8 codes in the weight's own shape."""
+        spec = self.spec
+        flat = unpack_weight(self.weight, spec.bits_w, (spec.outputs, spec.terms))
+        if spec.kind == "linear":
+            return flat
+        outputs, inputs, *kernel = spec.weight_shape
+        return flat.view(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
+
+    def centred_weight(self) -> Tensor:
+        """codes - zero point as f32, the weight's own shape."""
+        codes = self.codes().float()
+        zero = self._buffers["weight_zero_point"]
+        return codes if zero is None else codes - self._per_weight(zero.float())
+
+    def dequantized_weight(self) -> Tensor:
+        """f32 weight with the quantization error in it."""
+        return self.centred_weight() * self._per_weight(self.weight_scale)
+
+    @property
+    def prepared(self) -> Any:
+        """The weight in the layout of the chosen backend, made once."""
+        if self._prepared is None:
+            zero = self._buffers["weight_zero_point"]
+            zero = torch.zeros_like(self.weight_scale, dtype=torch.int8) if zero is None else zero
+            self._prepared = self._prepare(self.codes(), self.weight_scale, zero, self._buffers["bias"])
+        return self._prepared
+
+    @property
+    def row_sums(self) -> Tensor:
+        """Sum of (codes - zero point) per output: int32 [O]."""
+        if self._row_sums is None:
+            self._row_sums = self.centred_weight().flatten(1).sum(1).to(torch.int32)
+        return self._row_sums
+
+    def load_buffer_(self, name: str, value: Tensor) -> None:
+        """Take a stored tensor; float ones are kept in f32 whatever they were stored in.
+
+        Raises:
+            ValueError: another shape, or integers where floats belong.
+        """
+        own = self._buffers[name]
+        if own is None or tuple(own.shape) != tuple(value.shape) or own.is_floating_point() != value.is_floating_point():
+            has = "none" if own is None else f"{own.dtype} {tuple(own.shape)}"
+            raise ValueError(f"{name}: stored as {value.dtype} {tuple(value.shape)}, the layer has {has}")
+        self._buffers[name] = value.detach().to(own.dtype)
+        self._forget_()
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        return f"{s.inputs}, {s.outputs}, w{s.bits_w}a{s.bits_a or 'float'}, rows={s.rows}"
+
+    def _activation(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale f32 and zero point int32 of this call: 0-dim, or broadcastable against x (per sample or per token)."""
+        spec = self.spec
+        if spec.act == "dynamic":
+            grid, per_token = IntGrid(cast(int, spec.bits_a)), spec.kind == "linear"
+            scale, zero = dynamic_qparams(x.float(), grid, symmetric=spec.act_symmetric, per_token=per_token)
+            return scale, torch.zeros((), dtype=torch.int32, device=x.device) if spec.act_symmetric else zero.to(torch.int32)
+        scale = self.step.pick(cast(Tensor, self._buffers["act_scale"]))
+        table = self._buffers["act_zero_point"]
+        if table is None:
+            return _per_sample(scale, x.ndim), torch.zeros((), dtype=torch.int32, device=x.device)
+        # between two rows a zero point is interpolated, then rounded
+        zero = torch.round(self.step.pick(table.float())).to(torch.int32)
+        return _per_sample(scale, x.ndim), _per_sample(zero, x.ndim)
+
+    def _float_forward(self, x: Tensor) -> Tensor:
+        """The same sums on float hardware: weight-only layers, group scales, and devices without an integer kernel."""
+        with torch.autocast(x.device.type, enabled=False):
+            if x.device.type != "cpu" and x.dtype in (torch.float16, torch.bfloat16):
+                return self._half_forward(x)
+            centred, x_scale = x.float(), None
+            if self.spec.bits_a is not None:
+                x_scale, zero = self._activation(x)
+                centred = centred_codes(centred, x_scale, zero.float(), IntGrid(self.spec.bits_a))
+            if self.spec.group is not None:
+                y = self._apply_op(centred, self.dequantized_weight())
+                y = y if x_scale is None else y * x_scale
+            else:
+                scale = self._per_output(self.weight_scale)
+                y = self._apply_op(centred, self.centred_weight()) * (scale if x_scale is None else x_scale * scale)
+            bias = self._buffers["bias"]
+            return (y if bias is None else y + self._per_output(bias)).to(x.dtype)
+
+    def _half_forward(self, x: Tensor) -> Tensor:
+        """Half precision cannot hold sums of centred codes: both operands are scaled first."""
+        restored = x
+        if self.spec.bits_a is not None:
+            scale, zero = self._activation(x)
+            restored = (centred_codes(x.float(), scale, zero.float(), IntGrid(self.spec.bits_a)) * scale).to(x.dtype)
+        y = self._apply_op(restored, self.dequantized_weight().to(x.dtype))
+        bias = self._buffers["bias"]
+        return y if bias is None else y + self._per_output(bias).to(x.dtype)
+
+    def _per_weight(self, value: Tensor) -> Tensor:
+        granularity = PerChannel(0) if self.spec.group is None else PerGroup(self.spec.group)
+        return broadcast(value, self.spec.weight_shape, granularity)
+
+    def _forward_by_zero_point(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Samples with zero points of their own, one at a time: the kernels take one zero point per call."""
+        scale = scale.expand(len(x), *scale.shape[1:])
+        rows = [self._integer_forward(x[i : i + 1], scale[i : i + 1], zero_point[i : i + 1]) for i in range(len(x))]
+        return torch.cat(rows)
+
+    def _prepare(self, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None) -> Any:
+        raise NotImplementedError
+
+    def _integer_forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _apply_op(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _per_output(self, value: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
+        """Moves between devices move everything; casts leave the f32 scales alone."""
+
+        def move(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point() or tensor.device.type == "meta":
+                return fn(tensor)
+            return tensor.to(fn(tensor[:0]).device)
+
+        self._forget_()
+        return super()._apply(move, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget_()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own backend layout: oneDNN's packed tensors cannot be copied."""
+        return {**self.__dict__, "_prepared": None, "_row_sums": None}
+
+    def _forget_(self) -> None:
+        self._prepared = self._row_sums = None
+
+
+class PackedLinear(PackedLayer):
+    """x: [..., K] float -> [..., O]."""
+
+    op = "linear_w8a8"
+
+    def _prepare(self, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None) -> Any:
+        return linear_op.prepare(codes, scale, zero_point, bias)
+
+    def _integer_forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        codes = quantize(x, scale, zero_point, cast(int, self.spec.bits_a))
+        return linear_op.linear(codes, scale, zero_point.reshape(()), self.prepared)
+
+    def _forward_by_zero_point(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Any zero point per token: sum (q - z)(w - z_w) = sum q (w - z_w) - z * sum (w - z_w), all in int32."""
+        codes = quantize(x, scale, zero_point, cast(int, self.spec.bits_a))
+        sums = linear_op.accumulate(codes, torch.zeros((), dtype=torch.int32), self.prepared) - zero_point * self.row_sums
+        y = sums.float() * (scale * self.weight_scale)
+        bias = self._buffers["bias"]
+        return y if bias is None else y + bias
+
+    def _apply_op(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def _per_output(self, value: Tensor) -> Tensor:
+        return value
+
+
+class PackedConv2d(PackedLayer):
+    """x: [B, I, H, W] float -> [B, O, H', W']; a padded pixel is real 0."""
+
+    op = "conv2d_w8a8"
+
+    def _prepare(self, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None) -> Any:
+        s = self.spec
+        return conv2d_op.prepare(codes, scale, zero_point, bias, stride=s.stride, padding=s.padding, dilation=s.dilation, groups=s.groups)
+
+    def _integer_forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        codes = quantize(x, scale, zero_point, cast(int, self.spec.bits_a))
+        y = conv2d_op.conv2d(codes, scale, zero_point.reshape(()), self.prepared)
+        # As a float convolution does: norms round differently over another memory format, and one ulp can turn a later code.
+        return y if x.stride(1) == 1 and not x.is_contiguous() else y.contiguous()
+
+    def _apply_op(self, x: Tensor, weight: Tensor) -> Tensor:
+        s = self.spec
+        return F.conv2d(x, weight, None, s.stride, s.padding, s.dilation, s.groups)
+
+    def _per_output(self, value: Tensor) -> Tensor:
+        return value.reshape(-1, 1, 1)
+
+
+def packed_from_spec(spec: LayerSpec, *, device: str | torch.device = "meta") -> PackedLayer:
+    """An empty packed layer."""
+    return (PackedLinear if spec.kind == "linear" else PackedConv2d)(spec, device=device)
+
+
+def packed_from_state(state: LayerState, original: nn.Module, rows: int) -> PackedLayer:
+    """A packed layer that holds the codes and scales of `state`.
+
+    Args:
+        original: the float layer, for its geometry.
+        rows: rows of the model's step tables.
+
+    Raises:
+        InputError: the layer has no integer form (`LayerSpec.of`).
+        ValueError: codes outside their bits, or tables that do not fit the decision.
+    """
+    spec = LayerSpec.of(state.decision, original, rows)
+    layer = packed_from_spec(spec)
+    stored = state.codes if spec.kind == "linear" else state.codes.permute(0, 2, 3, 1).flatten(1)
+    values = {"weight": pack_weight(stored.contiguous(), spec.bits_w)} | {k: getattr(state, k) for k in _BUFFERS if k != "weight"}
+    for name in spec.tensors():
+        layer.load_buffer_(name, values[name])
+    return layer
+
+
+def pack_denoiser_(denoiser: nn.Module, state: QuantState) -> StepContext:
+    """Replace the layers of `state` by packed ones in memory and attach the step hook: an exported model without files.
+
+    Raises:
+        InputError: the state belongs to another model.
+    """
+    step = StepContext(state.step_keys, state.row_mode)
+    for name, layer in state.layers.items():
+        packed = packed_from_state(layer, checked_layer(denoiser, name, layer), step.rows)
+        packed.step = step
+        replace_(denoiser, name, packed)
+    load_floats_(denoiser, state.floats)
+    step.attach(denoiser)
+    return step
+
+
+def _per_sample(value: Tensor, ndim: int) -> Tensor:
+    return value if value.ndim == 0 else value.reshape(-1, *([1] * (ndim - 1)))
+
+
+@cache
+def _has_integer_kernel(op: str, device: str) -> bool:
+    if device == "cpu" or os.environ.get("QDM_BACKEND") or backend.choose(op, device=device) != "reference":
+        return True
+    warnings.warn(f"no integer kernel for {op} on {device}: it computes with dequantized weights, without gain in speed", stacklevel=3)
+    return False

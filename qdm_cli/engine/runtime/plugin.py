@@ -1,0 +1,138 @@
+"""The diffusers side of a qdm export: quantization config, quantizer, and their registration on the last lines (interface spec 8.4).
+
+Imported by `registration` when diffusers' table of quantizers exists; may itself be the first to import diffusers.
+"""
+
+from __future__ import annotations
+
+import copy
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from qdm_cli.engine.diffusion.step_context import StepContext
+from qdm_cli.engine.quant.state_apply import replace_
+from qdm_cli.engine.runtime.layer import LayerSpec
+from qdm_cli.engine.runtime.modules import PackedLayer, packed_from_spec
+
+CONFIG_SCHEMA = 1
+
+
+class Method(str, Enum):
+    """diffusers reads `.value` of the method for its user agent, so it must be an Enum member."""
+
+    QDM = "qdm"
+
+
+class QdmConfig(QuantizationConfigMixin):
+    """`quantization_config` of an exported denoiser.
+
+    Args:
+        schema: 1. ValueError for a newer one.
+        step_keys: timesteps of the rows of all per-step tables; None = one row.
+        row_mode: how a timestep without a row is read, nearest or linear.
+        modules: module path -> fields of `LayerSpec`.
+        ignored: keys of later versions.
+    """
+
+    def __init__(
+        self,
+        schema: int = CONFIG_SCHEMA,
+        step_keys: list[float] | None = None,
+        row_mode: str = "nearest",
+        modules: dict[str, dict[str, Any]] | None = None,
+        **ignored: Any,
+    ):
+        if schema > CONFIG_SCHEMA:
+            raise ValueError(f"this folder was written by a newer qdm (quantization_config schema {schema}, known: {CONFIG_SCHEMA})")
+        self.quant_method = Method.QDM  # type: ignore[assignment]
+        self.schema = schema
+        self.step_keys = [float(key) for key in step_keys or [0.0]]
+        self.row_mode = row_mode
+        self.modules = modules or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**copy.deepcopy(self.__dict__), "quant_method": Method.QDM.value}
+
+    def __repr__(self) -> str:
+        return f"QdmConfig({len(self.modules)} layers, {len(self.step_keys)} step rows)"
+
+
+class QdmQuantizer(DiffusersQuantizer):
+    """Swaps the layers named in the config for packed ones before the weights are read, and hands every call's timestep to them."""
+
+    use_keep_in_fp32_modules = True
+    requires_calibration = False
+
+    def __init__(self, quantization_config: QdmConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError("qdm folders are written by `qdm export`; a float model cannot be quantized while it loads.")
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, fields in self.quantization_config.modules.items():
+            replace_(model, name, packed_from_spec(LayerSpec.from_dict(fields), device="meta"))
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        step = StepContext(torch.tensor(self.quantization_config.step_keys, dtype=torch.float64), self.quantization_config.row_mode)
+        for name in self.quantization_config.modules:
+            layer = model.get_submodule(name)
+            if missing := [key for key, value in layer.named_buffers() if value.device.type == "meta"]:
+                raise ValueError(f"the weights of this folder hold no {name}.{missing[0]}, which its config.json promises")
+            layer.step = step
+        step.attach(model)
+        return model
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        """True for every tensor of a packed layer: diffusers would cast scales to the requested float type, where small ones vanish."""
+        return isinstance(_owner(model, param_name), PackedLayer)
+
+    def check_quantized_param_shape(self, param_name: str, current: torch.Tensor, loaded: torch.Tensor) -> bool:
+        raise ValueError(f"{param_name} has shape {tuple(loaded.shape)}, config.json says {tuple(current.shape)}")
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take the tensor as it is in the file (`param_value` is cast already)."""
+        leaf = param_name.rpartition(".")[2]
+        _owner(model, param_name).load_buffer_(leaf, state_dict[param_name].to(target_device))
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _owner(model: nn.Module, param_name: str) -> nn.Module:
+    return model.get_submodule(param_name.rpartition(".")[0])
+
+
+def _fill() -> None:
+    """Put the two classes into diffusers' tables. RuntimeError when a later diffusers has no such tables."""
+    from diffusers.quantizers import auto
+
+    for table, value in (("AUTO_QUANTIZER_MAPPING", QdmQuantizer), ("AUTO_QUANTIZATION_CONFIG_MAPPING", QdmConfig)):
+        if not isinstance(getattr(auto, table, None), dict):
+            raise RuntimeError(f"diffusers.quantizers.auto has no table {table} any more; use qdm_cli.load() with diffusers 0.40 to 0.42")
+        getattr(auto, table)[Method.QDM.value] = value
+
+
+_fill()
