@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Format = Literal["human", "json", "quiet"]
 SCHEMA = 1
 PLAIN_INTERVAL_S = 30.0
+PIPE_COLUMNS = 200
+"""Width of tables that go into a file or pipe, where rich would cut cells at 80."""
 _ASCII = str.maketrans({"…": "...", "×": "x", "–": "-", "—": "-", "→": "->", "≤": "<=", "≥": ">=", "✓": "ok", "✗": "no", "·": "-"})
 
 
@@ -230,7 +232,8 @@ class Terminal:
         from rich.console import Console
 
         try:
-            human(Console(file=self.stdout, highlight=False))
+            narrow = (self.stdout is not None and self.stdout.isatty()) or "COLUMNS" in os.environ
+            human(Console(file=self.stdout, highlight=False, width=None if narrow else PIPE_COLUMNS))
             if self.stdout is not None:
                 self.stdout.flush()
         except BrokenPipeError as error:
