@@ -19,7 +19,6 @@ from qdm_cli.engine.models.folder import MissingWeights, PipelineFolder, check_w
 from qdm_cli.engine.models.identity import license_of, model_digest
 from qdm_cli.engine.models.lora import merge_loras_
 from qdm_cli.engine.models.schedulers import with_scheduler
-from qdm_cli.engine.models.single_file import load_single_file
 from qdm_cli.engine.models.source import Source, not_available, resolve_source
 
 if TYPE_CHECKING:
@@ -106,6 +105,9 @@ def _build(source: Source, dtype: torch.dtype, offline: bool) -> Any:
 
         return build_tiny(source.name).to(dtype)
     if source.kind == "file":
+        # diffusers' key maps take seconds to import
+        from qdm_cli.engine.models.single_file import load_single_file
+
         assert source.path is not None
         return load_single_file(source.path, dtype, offline=offline)
     if source.kind == "hub":

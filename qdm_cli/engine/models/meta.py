@@ -12,7 +12,6 @@ from torch import nn
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models.denoiser import pick_component
 from qdm_cli.engine.models.folder import PipelineFolder, read_index
-from qdm_cli.engine.models.single_file import family_folder
 from qdm_cli.engine.models.source import Source, hub_file, resolve_source
 
 if TYPE_CHECKING:
@@ -43,6 +42,9 @@ def _tiny_component(module: nn.Module) -> str:
 
 def _configs(source: Source, offline: bool) -> PipelineFolder:
     if source.kind == "file":
+        # diffusers' key maps take seconds to import
+        from qdm_cli.engine.models.single_file import family_folder
+
         assert source.path is not None
         return family_folder(source.path, offline=offline)
     if source.kind != "hub":
