@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from qdm_cli.engine.errors import RecipeError
+from qdm_cli.engine.evaluation.gates import parse_conditions
+from qdm_cli.engine.evaluation.names import of_suites
 from qdm_cli.engine.methods import METHODS
 from qdm_cli.engine.recipe.errors import Finding
 from qdm_cli.engine.recipe.schema import QuantizeSpec, Recipe, RoleMatch, Rule
 from qdm_cli.engine.recipe.source import Document
 
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-CONDITION = re.compile(rf"\s*(?P<metric>[A-Za-z_][\w\[\].@/-]*)(?P<optional>\?)?\s*(?P<op><=|>=|==|!=|<|>)\s*(?P<number>{_NUMBER})\s*")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 STAGES = (*METHODS, "export", "evaluate")
 
@@ -78,10 +79,17 @@ def _match(match: str | RoleMatch) -> Iterator[tuple[str, str]]:
 
 
 def _fail_if(recipe: Recipe) -> Iterator[Finding]:
-    for index, condition in enumerate(recipe.evaluate.fail_if if recipe.evaluate else ()):
-        if CONDITION.fullmatch(condition) is None:
-            message = f"must be METRIC OP NUMBER with OP one of < <= > >= == !=, such as 'psnr<18' (got '{condition}')"
-            yield Finding(("evaluate", "fail_if", index), message)
+    if recipe.evaluate is None:
+        return
+    suites = {suite.method for suite in recipe.evaluate.suites}
+    # a comparison with another run adds the change of each metric
+    further = [f"{name}_change" for name in of_suites(suites)] if recipe.evaluate.against != "base" else []
+    try:
+        parse_conditions(recipe.evaluate.fail_if, suites, further)
+    except RecipeError as error:
+        for problem in error.problems:
+            *path, index = str(problem.path).split(".")
+            yield Finding((*path, int(index)), problem.message, problem.hint)
 
 
 def _device(recipe: Recipe) -> Iterator[Finding]:

@@ -161,9 +161,13 @@ def describe(shape: Shape, info: FieldInfo | None = None) -> str:
     if shape.item is not None and shape.choices and shape_of(shape.item).choices == shape.choices:
         parts.append("a list of these")
     elif shape.item is not None:
-        parts.append(("a list of " if shape.items is None else f"a list of {shape.items}: ") + describe(shape_of(shape.item)))
+        parts.append(("a list of " if shape.items is None else f"a list of {shape.items}: ") + _plural(shape_of(shape.item)))
     words = " or ".join(parts) + _bounds(info)
     return f"{words}, or null" if shape.nullable else words
+
+
+def _plural(shape: Shape) -> str:
+    return "sections" if shape.sections and shape.alternatives == 1 else describe(shape)
 
 
 def _bounds(info: FieldInfo | None) -> str:

@@ -17,14 +17,15 @@ OVERRIDE = re.compile(r"~(?P<gone>[^=+\s]+)|(?P<key>[^=+~\s][^=+\s]*)(?P<add>\+?
 
 def apply_overrides(document: Document, overrides: Sequence[str], layer: int) -> tuple[Document, list[Problem]]:
     """A new document with the overrides in it, left to right, and what is wrong with those that could not be applied."""
-    result = Document(deepcopy(document.data), dict(document.origins))
     problems: list[Problem] = []
     for number, text in enumerate(overrides, start=1):
+        changed = Document(deepcopy(document.data), dict(document.origins))
         try:
-            _apply_(result, text, Origin(layer, None, number))
+            _apply_(changed, text, Origin(layer, None, number))
+            document = changed
         except RecipeError as error:
             problems += error.problems
-    return result, problems
+    return document, problems
 
 
 def _apply_(document: Document, text: str, origin: Origin) -> None:

@@ -6,6 +6,7 @@ import datetime
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -20,6 +21,7 @@ Path_ = tuple["str | int", ...]
 
 MAX_VALUES = 20_000
 MAX_DEPTH = 40
+MAX_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True, order=True)
@@ -96,13 +98,15 @@ def parse_value(text: str, origin: Origin, path: Path_) -> tuple[Any, dict[Path_
 
 def _parse(text: str, error: Any) -> Any:
     """ruamel's tree; `error(message, line, col)` makes the exception to raise."""
+    if len(text) > MAX_CHARACTERS:
+        raise error("too long for a recipe", 1, 1)
+    if _bracket_depth(text) > 5 * MAX_DEPTH:  # ruamel takes a minute for 3000 open brackets
+        raise error("nested too deeply", 1, 1)
     try:
         return YAML(typ="rt").load(io.StringIO(text))
     except DuplicateKeyError as problem:
         mark = problem.problem_mark
-        first = f" (first on line {problem.context_mark.line + 1})" if problem.context_mark else ""
-        key = str(problem.problem).split('"')[1]
-        raise error(f"duplicate key '{key}'{first}", mark.line + 1, mark.column + 1) from None
+        raise error(f"duplicate key '{str(problem.problem).split(chr(34))[1]}'", mark.line + 1, mark.column + 1) from None
     except MarkedYAMLError as problem:
         mark = problem.problem_mark or problem.context_mark
         line, col = (mark.line + 1, mark.column + 1) if mark else (1, 1)
@@ -111,6 +115,11 @@ def _parse(text: str, error: Any) -> Any:
         raise error("nested too deeply", 1, 1) from None
     except (YAMLError, ValueError) as problem:
         raise error(str(problem).strip().splitlines()[0], 1, 1) from None
+
+
+def _bracket_depth(text: str) -> int:
+    steps = ({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
+    return max(accumulate(steps), default=0)
 
 
 class _Reader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from qdm_cli.engine.recipe.fields import EXTENDS, catalogue, known
+from qdm_cli.engine.recipe.fields import EXTENDS, catalogue, known, owner_of
 from qdm_cli.engine.recipe.source import Path_, dotted
 from qdm_cli.engine.spec import Spec
 
@@ -79,5 +79,14 @@ def unknown_setting(path: Path_, model: type[Spec] | None = None) -> tuple[str, 
     shape = known(path[:-1]).shape
     models = [model] if model else list(shape.sections.values()) if shape else []
     siblings = [name for section in models for name in section.model_fields] + ([EXTENDS] if len(path) == 1 else [])
+    other = _owners(path)
+    if other and model:
+        return f"is a setting of method {' and '.join(other)}, not of {owner_of(model)}", None
     hint = suggest(str(path[-1]), siblings, dotted(path[:-1]))
     return "unknown setting" + (f". Did you mean '{hint}'?" if hint else ""), hint
+
+
+def _owners(path: Path_) -> list[str]:
+    """Methods that have a setting of exactly this path."""
+    text = ".".join("N" if isinstance(key, int) else str(key) for key in path)
+    return [item.owner for item in catalogue() if item.path == text and item.owner]
