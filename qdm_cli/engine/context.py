@@ -70,7 +70,8 @@ class StageResult:
     """What a stage adds to the manifest `qdm.json`; its files lie in `ctx.payload`.
 
     Attributes:
-        layers: one dict per layer: name, type, shape, bits_w, bits_a, granularity, group, symmetric, timestep_rows, rule, skipped_why, bytes.
+        layers: one dict per layer: name, type, shape, bits_w, bits_a, granularity, group, symmetric, timestep_rows, rule,
+            skipped_why, bytes.
         sampler: the resolved sampler {scheduler, steps, eta, guidance, ...} that the artifact holds for.
         metrics: flat name -> number (or None with `<name>_why`).
         bytes_by_part: measured from the written files.

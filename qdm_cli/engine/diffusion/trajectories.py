@@ -103,7 +103,9 @@ class TrajectoryWriter:
         _write_text(self.folder / f"batch-{self.batch:05d}.json", text)
 
     def _store(self, value: torch.Tensor) -> list[str]:
-        key = hashlib.sha256(value.view(-1).view(torch.uint8).numpy().tobytes() + str((value.dtype, tuple(value.shape))).encode()).hexdigest()[:24]
+        key = hashlib.sha256(
+            value.view(-1).view(torch.uint8).numpy().tobytes() + str((value.dtype, tuple(value.shape))).encode()
+        ).hexdigest()[:24]
         if key not in self._known:
             self._waiting[key] = value
             self._waiting_bytes += value.numel() * value.element_size()

@@ -86,7 +86,9 @@ class EfficientDMConfig(Spec):
 
 
 @method(EfficientDMConfig)
-def efficientdm(denoiser: nn.Module, cfg: EfficientDMConfig, ctx: RunContext, *, state: QuantState, trajectories: Trajectories) -> tuple[QuantState, dict[str, float]]:
+def efficientdm(
+    denoiser: nn.Module, cfg: EfficientDMConfig, ctx: RunContext, *, state: QuantState, trajectories: Trajectories
+) -> tuple[QuantState, dict[str, float]]:
     """Train adapters, weight scales and per-step activation scales of a calibrated denoiser along full-precision trajectories.
 
     Returns:

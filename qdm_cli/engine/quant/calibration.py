@@ -118,7 +118,13 @@ def activation_tables(
 
 
 def _step_unit(
-    path: Path, denoiser: nn.Module, static: dict[str, LayerDecision], store: TrajectoryStore, timestep: float, samples: int, rule: RangeRule
+    path: Path,
+    denoiser: nn.Module,
+    static: dict[str, LayerDecision],
+    store: TrajectoryStore,
+    timestep: float,
+    samples: int,
+    rule: RangeRule,
 ) -> dict[str, torch.Tensor]:
     """What one step contributes: scale and zero point of timestep-aware layers, a sample of the values of the others."""
     if path.exists():

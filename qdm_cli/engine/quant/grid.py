@@ -114,7 +114,7 @@ def qparams_from_range(low: torch.Tensor, high: torch.Tensor, grid: IntGrid, *, 
 def choose_qparams(
     x: torch.Tensor,
     grid: IntGrid,
-    granularity: Granularity = PerTensor(),  # noqa: B008 (frozen value)
+    granularity: Granularity = PerTensor(),
     *,
     symmetric: bool = False,
     method: RangeMethod = "max",
@@ -175,13 +175,13 @@ def centred_codes(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
     return torch.round(torch.clamp(x * scale.reciprocal(), grid.lo - zero_point, grid.hi - zero_point))
 
 
-def quantize(x: torch.Tensor, params: QParams, grid: IntGrid, granularity: Granularity = PerTensor()) -> torch.Tensor:  # noqa: B008
+def quantize(x: torch.Tensor, params: QParams, grid: IntGrid, granularity: Granularity = PerTensor()) -> torch.Tensor:
     """Integer codes of x: int8, x's shape."""
     scale, zero = (broadcast(p, x.shape, granularity) for p in (params.scale, params.zero_point))
     return (centred_codes(x.float(), scale, zero, grid) + zero).to(torch.int8)
 
 
-def dequantize(codes: torch.Tensor, params: QParams, granularity: Granularity = PerTensor()) -> torch.Tensor:  # noqa: B008
+def dequantize(codes: torch.Tensor, params: QParams, granularity: Granularity = PerTensor()) -> torch.Tensor:
     """(codes - zero_point) * scale in f32."""
     scale, zero = (broadcast(p, codes.shape, granularity) for p in (params.scale, params.zero_point))
     return (codes.float() - zero.float()) * scale
@@ -221,7 +221,7 @@ def round_straight_through(x: torch.Tensor) -> torch.Tensor:
     return x + (torch.round(x) - x).detach()
 
 
-def fake_quantize(x: torch.Tensor, params: QParams, grid: IntGrid, granularity: Granularity = PerTensor()) -> torch.Tensor:  # noqa: B008
+def fake_quantize(x: torch.Tensor, params: QParams, grid: IntGrid, granularity: Granularity = PerTensor()) -> torch.Tensor:
     """dequantize(quantize(x)) with straight-through gradients by x, scale and zero point (quantization spec 1.1)."""
     scale, zero = (broadcast(p, x.shape, granularity) for p in (params.scale, params.zero_point))
     return CentredQuantize.apply(x, scale, zero, grid.lo, grid.hi) * scale

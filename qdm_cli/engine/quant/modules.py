@@ -160,7 +160,15 @@ class QLinear(QuantizedLayer):
 class QConv2d(QuantizedLayer):
     """x: [B, I, H, W] float -> [B, O, H', W']; a padded pixel is real 0."""
 
-    def __init__(self, decision: LayerDecision, weight: nn.Module, bias: torch.Tensor | None, scales: StepScales | None, step: StepContext, conv: nn.Conv2d):
+    def __init__(
+        self,
+        decision: LayerDecision,
+        weight: nn.Module,
+        bias: torch.Tensor | None,
+        scales: StepScales | None,
+        step: StepContext,
+        conv: nn.Conv2d,
+    ):
         super().__init__(decision, weight, bias, scales, step)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
@@ -171,7 +179,9 @@ class QConv2d(QuantizedLayer):
         return per_channel.reshape(-1, 1, 1)
 
 
-def build_layer(original: nn.Module, decision: LayerDecision, weight: nn.Module, bias: torch.Tensor | None, scales: StepScales | None, step: StepContext) -> QuantizedLayer:
+def build_layer(
+    original: nn.Module, decision: LayerDecision, weight: nn.Module, bias: torch.Tensor | None, scales: StepScales | None, step: StepContext
+) -> QuantizedLayer:
     """The quantized layer that takes the place of `original`."""
     if isinstance(original, nn.Conv2d):
         return QConv2d(decision, weight, bias, scales, step, original)

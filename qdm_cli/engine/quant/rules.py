@@ -9,8 +9,8 @@ from torch import nn
 
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models import layer_roles
+from qdm_cli.engine.quant.config import QuantizeSpec, RoleMatch, Rule
 from qdm_cli.engine.quant.state import LayerDecision
-from qdm_cli.engine.recipe.schema import QuantizeSpec, RoleMatch, Rule
 
 # int32 accumulators of signed 8-bit products hold at most this many terms (kernels spec 7)
 LARGEST_K = 131_071
@@ -95,7 +95,9 @@ def _decide(name: str, module: nn.Module, role: str, quantize: QuantizeSpec, mat
     granularity = rule.granularity or weights.granularity
     group_size = (rule.group_size or weights.group_size) if granularity == "group" else None
     if group_size and shape[1] % group_size:
-        raise InputError(f"{name}: group size {group_size} does not divide its {shape[1]} inputs. Add a rule with granularity: channel for it.")
+        raise InputError(
+            f"{name}: group size {group_size} does not divide its {shape[1]} inputs. Add a rule with granularity: channel for it."
+        )
     return LayerDecision(
         name=name,
         type=kind,  # type: ignore[arg-type]

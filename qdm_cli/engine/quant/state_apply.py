@@ -43,9 +43,13 @@ def checked_layer(denoiser: nn.Module, name: str, layer: LayerState) -> nn.Modul
     try:
         original = denoiser.get_submodule(name)
     except AttributeError:
-        raise InputError(f"The quantized state has a layer '{name}' that {type(denoiser).__name__} lacks: it belongs to another model.") from None
+        raise InputError(
+            f"The quantized state has a layer '{name}' that {type(denoiser).__name__} lacks: it belongs to another model."
+        ) from None
     if tuple(original.weight.shape) != tuple(layer.codes.shape):
-        raise InputError(f"'{name}' has shape {tuple(original.weight.shape)} in the model and {tuple(layer.codes.shape)} in the quantized state.")
+        raise InputError(
+            f"'{name}' has shape {tuple(original.weight.shape)} in the model and {tuple(layer.codes.shape)} in the quantized state."
+        )
     return original
 
 

@@ -120,7 +120,9 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, warmup=200)
         losses.append(
-            train_step(unet, images, optimizer, scheduler, step=step, batch=args.batch, seed=args.seed, device=args.device, autocast=autocast)
+            train_step(
+                unet, images, optimizer, scheduler, step=step, batch=args.batch, seed=args.seed, device=args.device, autocast=autocast
+            )
         )
         ema.step(unet.parameters())
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

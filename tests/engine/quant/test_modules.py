@@ -82,7 +82,9 @@ def test_group_scales_and_float_activations():
     assert torch.allclose(layer_of(module, state)(x), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("module,shape", [(nn.Linear(32, 8), (2, 3, 32)), (nn.Conv2d(4, 8, 3, padding=1), (2, 4, 6, 6))], ids=["token", "sample"])
+@pytest.mark.parametrize(
+    "module,shape", [(nn.Linear(32, 8), (2, 3, 32)), (nn.Conv2d(4, 8, 3, padding=1), (2, 4, 6, 6))], ids=["token", "sample"]
+)
 def test_dynamic_activations_do_not_depend_on_the_rest_of_the_batch(module, shape):
     torch.manual_seed(0)
     x = torch.randn(shape)

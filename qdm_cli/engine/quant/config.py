@@ -1,0 +1,106 @@
+"""The bit policy as a recipe writes it. Imports neither torch nor diffusers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from qdm_cli.engine.spec import Spec
+
+Bits = Literal[2, 3, 4, 5, 6, 7, 8]
+Role = Literal[
+    "input",
+    "output",
+    "time_embedding",
+    "time_projection",
+    "class_embedding",
+    "shortcut",
+    "downsample",
+    "upsample",
+    "resnet",
+    "attention.qkv",
+    "attention.out",
+    "attention.projection",
+    "cross_attention.kv",
+    "mlp.in",
+    "mlp.out",
+    "modulation",
+    "other",
+]
+
+
+class WeightPolicy(Spec):
+    """Weight quantization of layers that no rule names."""
+
+    bits: Bits = 4
+    """Bits of a code."""
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    """One scale per tensor, per output channel, or per group of inputs of an output channel."""
+    group_size: int | None = Field(None, ge=8)
+    """Inputs per group; only with granularity group."""
+    symmetric: bool = False
+    """True = zero point 0."""
+    init: Literal["max", "mse", "percentile"] | None = None
+    """Range rule of the weights; null = that of `calibrate.method`."""
+
+
+class ActivationPolicy(Spec):
+    """Activation quantization of layers that no rule names."""
+
+    bits: Bits = 8
+    """Bits of a code."""
+    mode: Literal["static", "dynamic"] = "static"
+    """static = calibrated; dynamic = measured per call and token."""
+    timestep_aware: bool = False
+    """One scale and zero point per denoising step instead of one for all (TALSQ)."""
+    symmetric: bool = False
+    """True = zero point 0; costs almost one bit after SiLU."""
+
+
+class RoleMatch(Spec):
+    """Structural match of a layer; all given fields must hold."""
+
+    role: Role | tuple[Role, ...] | None = None
+    """Role of the layer in the graph."""
+    type: Literal["Linear", "Conv2d"] | None = None
+    """Class of the layer."""
+    kernel: int | None = None
+    """Kernel size of a convolution."""
+
+
+class Rule(Spec):
+    """First match wins; a rule that matches no layer is an error."""
+
+    match: str | RoleMatch
+    """`|`-separated globs on the module path, or a structural match."""
+    bits: Bits | None = None
+    """Bits of weights and activations; `weights` and `activations` refine it."""
+    weights: Bits | None = None
+    """Bits of the weights."""
+    activations: Bits | None = None
+    """Bits of the activations."""
+    granularity: Literal["tensor", "channel", "group"] | None = None
+    """Overrides the policy."""
+    group_size: int | None = Field(None, ge=8)
+    """Overrides the policy."""
+    timestep_aware: bool | None = None
+    """Overrides the policy."""
+    skip: bool = False
+    """Leave the layer in full precision."""
+    why: str | None = None
+    """Reason shown in `plan` and the manifest."""
+
+
+class QuantizeSpec(Spec):
+    """The bit policy; read by calibrate, finetune and export."""
+
+    weights: WeightPolicy = WeightPolicy()
+    """Default of the weights."""
+    activations: ActivationPolicy | None = ActivationPolicy()
+    """Default of the activations; null = weights only."""
+    rules: tuple[Rule, ...] = ()
+    """Exceptions, before those of `policy`."""
+    policy: Literal["efficientdm", "edges8", "all"] = "efficientdm"
+    """Rules that follow the recipe's own. efficientdm = input, output and time embedding at 8 bits, shortcuts and down-sampling in full
+    precision; edges8 = input, output, time embedding, shortcuts and down-sampling at 8 bits; all = every layer at the policy's bits."""
