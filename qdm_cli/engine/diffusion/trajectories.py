@@ -84,8 +84,8 @@ class TrajectoryWriter:
         self._shards: list[str] = []
         self._known: dict[str, list[str]] = {}
 
-    def add(self, arguments: Arguments) -> None:
-        """Record one call."""
+    def add(self, arguments: Arguments, output: torch.Tensor | None = None) -> None:
+        """Record the arguments of one call; its output is not kept, since the model can make it again."""
         record = CallRecord(self.batch, len(self.records), timestep_of(arguments), int(_sample(arguments).shape[0]))
         for path, value in _leaves(arguments):
             if isinstance(value, torch.Tensor):

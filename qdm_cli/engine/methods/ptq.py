@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qdm_cli.engine.context import RunContext
+    from qdm_cli.engine.quant.state import QuantState
 
 
 class CalibrationData(Spec):
@@ -60,7 +61,7 @@ class PercentileConfig(CalibrateConfig):
 @method(MinMaxConfig)
 @method(MseConfig)
 @method(PercentileConfig)
-def post_training(denoiser: nn.Module, cfg: CalibrateConfig, ctx: RunContext, **inputs: Any) -> dict[str, float]:
+def post_training(denoiser: nn.Module, cfg: CalibrateConfig, ctx: RunContext, **inputs: Any) -> QuantState:
     """Initialise every weight and activation range of a converted denoiser from its calibration trajectories."""
     from qdm_cli.engine.quant.calibration import initialise_ranges
 

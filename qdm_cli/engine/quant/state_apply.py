@@ -40,16 +40,14 @@ def checked_layer(denoiser: nn.Module, name: str, layer: LayerState) -> nn.Modul
     Raises:
         InputError: no such layer, or another shape.
     """
+    kind = type(denoiser).__name__
     try:
         original = denoiser.get_submodule(name)
     except AttributeError:
-        raise InputError(
-            f"The quantized state has a layer '{name}' that {type(denoiser).__name__} lacks: it belongs to another model."
-        ) from None
-    if tuple(original.weight.shape) != tuple(layer.codes.shape):
-        raise InputError(
-            f"'{name}' has shape {tuple(original.weight.shape)} in the model and {tuple(layer.codes.shape)} in the quantized state."
-        )
+        raise InputError(f"The quantized state has a layer '{name}' that {kind} lacks: it belongs to another model.") from None
+    own, stored = tuple(original.weight.shape), tuple(layer.codes.shape)  # type: ignore[union-attr, arg-type]
+    if own != stored:
+        raise InputError(f"'{name}' has shape {own} in the model and {stored} in the quantized state.")
     return original
 
 

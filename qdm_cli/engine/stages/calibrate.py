@@ -60,7 +60,7 @@ def capture(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Path:
         count = min(data.batch, data.samples - start)
         if not batch_done(folder, batch):
             writer = TrajectoryWriter(folder, batch, data.shard_size)
-            with captured_calls(loaded.denoiser, lambda arguments, output, writer=writer: writer.add(arguments)):
+            with captured_calls(loaded.denoiser, writer.add):
                 generate(
                     loaded,
                     recipe.sampler,

@@ -116,7 +116,7 @@ def main() -> None:
     autocast = args.device != "cpu" or cpu_has_bf16()
 
     started, losses = time.monotonic() - meta["seconds"], []
-    for step in range(meta["step"], args.steps):
+    for step in range(int(meta["step"]), args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, warmup=200)
         losses.append(
