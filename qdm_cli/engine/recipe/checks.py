@@ -18,9 +18,14 @@ DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 STAGES = (*METHODS, "export", "evaluate")
 
 
+def stages_of(recipe: Recipe) -> list[str]:
+    """Stages that a recipe has, in order."""
+    return [stage for stage in STAGES if getattr(recipe, stage) is not None]
+
+
 def cross_checks(recipe: Recipe) -> list[Finding]:
     """Everything that the schema alone cannot see."""
-    return [*_quantize(recipe.quantize), *_fail_if(recipe), *_device(recipe)]
+    return [*_quantize(recipe.quantize), *_suites(recipe), *_fail_if(recipe), *_device(recipe)]
 
 
 def empty_stages(text: str, document: Document) -> list[Finding]:
@@ -77,6 +82,15 @@ def _match(match: str | RoleMatch) -> Iterator[tuple[str, str]]:
         yield "match", "must give role, type or kernel"
     elif match.kernel is not None and match.type == "Linear":
         yield "match.kernel", "is only for type Conv2d"
+
+
+def _suites(recipe: Recipe) -> Iterator[Finding]:
+    methods = [suite.method for suite in recipe.evaluate.suites] if recipe.evaluate else ["none"]
+    if not methods:
+        yield Finding(("evaluate", "suites"), "names no suite; choose from fidelity, distribution, cost")
+    for index, method in enumerate(methods):
+        if method in methods[:index]:
+            yield Finding(("evaluate", "suites", index), f"{method} is named more than once")
 
 
 def _fail_if(recipe: Recipe) -> Iterator[Finding]:
