@@ -70,7 +70,7 @@ class EvaluateSpec(Spec):
     batch: int = Field(64, ge=1)
     """Images generated at a time; results do not depend on it."""
     prompts: str = "builtin:captions-128"
-    """Prompts of text-to-image pipelines, taken in turn: the bundled captions, or a .txt file with one per line."""
+    """Prompts of text-to-image pipelines, taken in turn: the bundled captions, or a .txt, .tsv or .jsonl file."""
     against: str = "base"
     """`base` = the uncompressed model of the lineage, or the folder or metrics.json of another run with the same protocol."""
     weights: MetricWeights = MetricWeights()

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qdm_cli.engine.diffusion.sampling import generate
 from qdm_cli.engine.diffusion.trajectories import output_tensor
-from qdm_cli.engine.evaluation.subject import SIMULATED, Subject
+from qdm_cli.engine.evaluation.subject import SIMULATED_WHY, Subject
 
 if TYPE_CHECKING:
     from qdm_cli.engine.recipe.schema import SamplerSpec
@@ -82,7 +82,7 @@ def sizes(base: Subject, subject: Subject) -> dict[str, Any]:
     parameters = sum(p.numel() for p in base.denoiser.parameters())
     result: dict[str, Any] = {"size_fp16_mb": parameters * 2 / 1e6, "size_fp32_mb": parameters * 4 / 1e6}
     if subject.folder is None:
-        why = SIMULATED if subject.kind == "simulated" else "the base model itself: see size_fp16_mb and size_fp32_mb"
+        why = SIMULATED_WHY if subject.kind == "simulated" else "the base model itself: see size_fp16_mb and size_fp32_mb"
         return result | {"size_mb": None, "size_mb_why": why, "size_vs_fp16": None, "size_vs_fp16_why": why}
     size = weight_file_bytes(subject.folder, subject.loaded.component) / 1e6
     return result | {"size_mb": size, "size_vs_fp16": size / result["size_fp16_mb"]}
@@ -168,8 +168,24 @@ def latencies(models: dict[str, Subject], call: Call, *, repeats: int, device: s
 
 
 def resident_bytes(denoiser: nn.Module) -> int:
-    """Parameters and buffers of a loaded denoiser."""
-    return sum(t.numel() * t.element_size() for t in (*denoiser.parameters(), *denoiser.buffers()))
+    """Parameters and buffers of a loaded denoiser, and the kernels' own layouts of its weights, which exist after the first call."""
+    layouts = [module._prepared for module in denoiser.modules() if getattr(module, "_prepared", None) is not None]
+    found = {id(t): t for t in (*denoiser.parameters(), *denoiser.buffers(), *_tensors(layouts))}
+    return sum(t.numel() * t.element_size() for t in found.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor inside lists, dicts and objects."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from _tensors(vars(value))
 
 
 @contextmanager
@@ -212,7 +228,7 @@ def speeds(
     if subject.kind == "simulated":
         names = ("latency_p50_ms", "latency_p90_ms", "latency_base_p50_ms", "latency_base_p90_ms", "speedup")
         names += ("images_per_s", "images_per_s_base", "memory_weights_mb", "memory_weights_base_mb", "peak_memory_mb")
-        return {key: value for name in names for key, value in ((name, None), (f"{name}_why", SIMULATED))}
+        return {key: value for name in names for key, value in ((name, None), (f"{name}_why", SIMULATED_WHY))}
     models = {"base": base} if subject is base else {"base": base, "own": subject}
     times = latencies(models, call, repeats=repeats, device=device)
     own, reference = times.get("own", times["base"]), times["base"]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qdm_cli.engine.diffusion.sampling import generate, prompts_for
+from qdm_cli.engine.diffusion.prompts import prompts_for
+from qdm_cli.engine.diffusion.sampling import generate
 from qdm_cli.engine.evaluation import cost as costs
 from qdm_cli.engine.evaluation.config import CostSuite, DistributionSuite, EvaluateSpec, FidelitySuite
 from qdm_cli.engine.evaluation.distribution import (
@@ -69,7 +70,8 @@ class Session:
     def __post_init__(self) -> None:
         self.suites = {suite.method: suite for suite in self.spec.suites}
         self.layers = self.subject.layers
-        self.prompts = self._prompts(max(self.counts.values(), default=1))
+        takes_prompts = "prompt" in inspect.signature(self.base.loaded.pipeline.__call__).parameters
+        self.prompts = prompts_for(self.spec.prompts) if takes_prompts else None
         self.own_bank = SampleBank(self._folder(self.subject, "own"))
         self.reference_bank = None if self.reference is None else SampleBank(self._folder(self.reference, "reference"))
         self.protocol = {"common": self._common(), "versions": library_versions()}
@@ -113,9 +115,10 @@ class Session:
             self.protocol["common"]["size"] = list(self.own_bank.read(0, 1).shape[1:])
 
     def _maker(self, subject: Subject) -> Callable[[int, int], torch.Tensor]:
+        sampler, seed = self.ctx.recipe.sampler, self.ctx.recipe.seed
+
         def make(start: int, n: int) -> torch.Tensor:
-            prompts = self.prompts[start : start + n] if self.prompts else None
-            return generate(subject.loaded, self.ctx.recipe.sampler, count=n, prompts=prompts, seed=self.ctx.recipe.seed + start, batch=n)
+            return generate(subject.loaded, sampler, start=start, count=n, batch=n, seed=seed, prompts=self.prompts)
 
         return make
 
@@ -129,23 +132,17 @@ class Session:
         key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
         return self.ctx.work.parent / BASE_CACHE / key
 
-    def _prompts(self, count: int) -> list[str] | None:
-        takes_prompts = "prompt" in inspect.signature(self.base.loaded.pipeline.__call__).parameters
-        return prompts_for(self.spec.prompts, count) if takes_prompts else None
-
     # ------------------------------------------------------------ protocol
 
     def _common(self) -> dict[str, Any]:
         recipe = self.ctx.recipe
-        distinct = None if self.prompts is None else sorted(set(self.prompts))
         return {
             "base_model": self.base.digest,
             "dtype": recipe.model.dtype,
             "sampler": recipe.sampler.model_dump(mode="json"),
             "seed": recipe.seed,
             "noise": "one CPU generator per image, seed + i",
-            "prompts": None if distinct is None else self.spec.prompts,
-            "prompts_sha256": None if self.prompts is None else hash_texts(prompts_for(self.spec.prompts, 128)),
+            "prompts_sha256": hash_texts(self.prompts),
             "size": None,
             "smoke": self.ctx.smoke,
         }
@@ -236,13 +233,11 @@ class Session:
 
     def _cost(self, suite: CostSuite) -> None:
         sampler, seed, device = self.ctx.recipe.sampler, self.ctx.recipe.seed, self.ctx.device
-        prompts = self._prompts(suite.batch)
-        call = costs.first_call(self.base, sampler, batch=suite.batch, seed=seed, prompts=prompts)
-        self.ctx.events.log(f"timing {suite.repeats} denoiser calls of batch {suite.batch}")
+        call = costs.first_call(self.base, sampler, batch=suite.batch, seed=seed, prompts=self.prompts)
         self.metrics |= costs.sizes(self.base, self.subject)
         self.metrics["bits_w_mean"] = costs.mean_weight_bits(self.base, self.subject)
         self.metrics |= costs.operations(self.base, self.subject, call, suite.batch)
-        arguments = {"batch": suite.batch, "repeats": suite.repeats, "seed": seed, "prompts": prompts, "device": device}
+        arguments = {"batch": suite.batch, "repeats": suite.repeats, "seed": seed, "prompts": self.prompts, "device": device}
         self.metrics |= costs.speeds(self.base, self.subject, call, sampler, **arguments)
 
     @contextmanager

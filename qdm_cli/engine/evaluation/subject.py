@@ -23,6 +23,7 @@ SIMULATED = (
     "Simulated: this artifact is not exported, so its integers are computed in floating point. Images and errors hold for the exported "
     "model; size on disk, latency, speed and memory do not exist before `qdm export` and are null."
 )
+SIMULATED_WHY = "simulated: not exported, so no integer kernel runs"
 FLOAT_EXPORT = "This export holds float weights with the quantization error in them (target dequantized): no integer kernel runs."
 
 
@@ -104,13 +105,16 @@ def _open(folder: Path, base: Subject, ctx: RunContext) -> LoadedPipeline:
     """An exported folder with the recipe's sampler: its own scheduler has that sampler's settings already, the base's are certain."""
     component = base.loaded.component
     if (folder / "model_index.json").is_file():
-        pipeline = open_pipeline(folder)
+        pipeline = open_pipeline(folder, torch_dtype=next(base.denoiser.parameters()).dtype)
         pipeline.scheduler = type(base.loaded.pipeline.scheduler).from_config(base.loaded.pipeline.scheduler.config)
     else:
         pipeline = load_base(ctx).loaded.pipeline
         register()
         setattr(pipeline, component, type(base.denoiser).from_pretrained(folder))
-    pipeline.to(ctx.device)
+    if ctx.recipe.device.offload == "none" or not ctx.device.startswith("cuda"):
+        pipeline.to(ctx.device)
+    else:
+        pipeline.enable_model_cpu_offload(device=ctx.device)
     pipeline.set_progress_bar_config(disable=True)
     return LoadedPipeline(pipeline=pipeline, component=component, denoiser=getattr(pipeline, component), identity=base.loaded.identity)
 

@@ -100,8 +100,7 @@ def trace(
     result = Trace(layers={row["name"]: ErrorSum() for row in other.quantized})
     for start in range(0, count, batch):
         n = min(batch, count - start)
-        mine = prompts[start : start + n] if prompts else None
-        arguments: dict[str, Any] = {"count": n, "prompts": mine, "seed": seed + start, "batch": n, "output": "latent"}
+        arguments: dict[str, Any] = {"start": start, "count": n, "batch": n, "seed": seed, "prompts": prompts, "output": "latent"}
         with teacher_forced(base, other, result, steps=sampler.steps) as inputs:
             generate(base.loaded, sampler, **arguments)
         compared = iter(range(len(inputs)))

@@ -31,6 +31,7 @@ def evaluate(spec: EvaluateSpec, source: Artifact | None, ctx: RunContext) -> St
         GateFailed: an image holds NaN or infinity.
     """
     check_suites(spec)
+    check_files(spec)
     other_file, model_folder = resolve_against(spec.against)
     other = None if other_file is None else read_evaluation(other_file)
     names = of_suites({suite.method for suite in spec.suites})
@@ -74,6 +75,18 @@ def check_suites(spec: EvaluateSpec) -> None:
         raise InputError("names no suite; choose from fidelity, distribution, cost", path="evaluate.suites")
     if repeated := sorted({name for name in methods if methods.count(name) > 1}):
         raise InputError(f"{', '.join(repeated)} is named more than once", path="evaluate.suites")
+
+
+def check_files(spec: EvaluateSpec) -> None:
+    """
+    Raises:
+        InputError: a weight file or reference that does not exist; found before hours of sampling.
+    """
+    named = {"evaluate.weights.inception": spec.weights.inception}
+    named |= {f"evaluate.suites.{i}.reference": getattr(suite, "reference", None) for i, suite in enumerate(spec.suites)}
+    for path, value in named.items():
+        if value not in (None, "auto") and not Path(value).expanduser().exists():
+            raise InputError(f"{value}: no such file or folder", path=path)
 
 
 def resolve_against(against: str) -> tuple[Path | None, Path | None]:
