@@ -75,7 +75,9 @@ class LayerSpec:
         Raises:
             ValueError: a required key is missing.
         """
-        named = {{"in": "inputs", "out": "outputs"}.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        named: dict[str, Any] = {
+            {"in": "inputs", "out": "outputs"}.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         try:
             return cls(**{f.name: named[f.name] for f in fields(cls) if f.name in named})
         except TypeError as error:

@@ -30,7 +30,7 @@ class _Finder:
         if spec is None or spec.loader is None:
             sys.meta_path.insert(0, self)
             return spec
-        spec.loader.exec_module = self._then_fill(spec.loader.exec_module)  # type: ignore[method-assign]
+        spec.loader.exec_module = self._then_fill(spec.loader.exec_module)  # type: ignore[method-assign,assignment]
         return spec
 
     def _then_fill(self, run: Callable[[ModuleType], Any]) -> Callable[[ModuleType], None]:

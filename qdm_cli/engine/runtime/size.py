@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qdm_cli.engine.runtime.layer import LayerSpec, Shape
 
@@ -52,9 +52,9 @@ def tensor_table(decisions: Iterable[LayerDecision], denoiser: nn.Module, rows: 
 
 def bytes_by_part(table: Table, decisions: Iterable[LayerDecision]) -> dict[str, int]:
     """Sum a tensor table by part; the parts are disjoint and include the file's header."""
-    quantized, skipped = set(), set()
-    for decision in decisions:
-        (skipped if decision.skipped_why else quantized).add(decision.name)
+    decisions = list(decisions)
+    skipped = {decision.name for decision in decisions if decision.skipped_why}
+    quantized = {decision.name for decision in decisions} - skipped
     parts = dict.fromkeys(PARTS, 0)
     for name, entry in table.items():
         module, _, leaf = name.rpartition(".")
@@ -79,10 +79,10 @@ def nbytes(entry: tuple[str, Shape]) -> int:
 
 def header_bytes(table: Table) -> int:
     """Length of the safetensors header of one file: 8 bytes of length, compact JSON, padded to 8."""
-    position, header = 0, {"__metadata__": {"format": "pt"}}
+    position, header = 0, dict[str, Any](__metadata__={"format": "pt"})
     for name, entry in table.items():
         end = position + nbytes(entry)
-        header[name] = {"dtype": entry[0], "shape": entry[1], "data_offsets": (position, end)}  # type: ignore[assignment]
+        header[name] = {"dtype": entry[0], "shape": entry[1], "data_offsets": (position, end)}
         position = end
     length = len(json.dumps(header, separators=(",", ":")).encode())
     return 8 + -(-length // 8) * 8
