@@ -44,7 +44,7 @@ def _read(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompts: {path} cannot be read: {error}.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"prompts: {path} has no column or key called {', '.join(_KEYS)} ({error}).") from error
+        raise InputError(f"prompts: {path} is malformed or has no column or key prompt, caption or text: {error}.") from error
 
 
 def _from_tsv(text: str) -> list[str]:

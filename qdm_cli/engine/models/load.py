@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -14,12 +13,12 @@ import transformers
 from torch import nn
 
 from qdm_cli.engine.errors import EnvironmentProblem, InputError, QdmError
-from qdm_cli.engine.models.denoiser import find_denoiser
+from qdm_cli.engine.models.denoiser import find_denoiser, pick_component
 from qdm_cli.engine.models.folder import MissingWeights, PipelineFolder, check_weights, read_index
 from qdm_cli.engine.models.identity import license_of, model_digest
 from qdm_cli.engine.models.lora import merge_loras_
 from qdm_cli.engine.models.schedulers import with_scheduler
-from qdm_cli.engine.models.source import Source, not_available, resolve_source
+from qdm_cli.engine.models.source import Source, hub_file, not_available, resolve_source
 
 if TYPE_CHECKING:
     from qdm_cli.engine.recipe.schema import ModelSpec, SamplerSpec
@@ -61,7 +60,7 @@ def load_pipeline(
     source = resolve_source(model, smoke=smoke, offline=offline)
     dtype = torch.float32 if smoke else DTYPES[model.dtype]
     with quiet():
-        pipeline = _build(source, dtype, offline)
+        pipeline = _build(source, dtype, model.component, offline)
         if model.loras and not smoke:
             merge_loras_(pipeline, model.loras, offline=offline)
         pipeline = with_scheduler(pipeline, sampler.scheduler)
@@ -99,7 +98,7 @@ def quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def _build(source: Source, dtype: torch.dtype, offline: bool) -> Any:
+def _build(source: Source, dtype: torch.dtype, component: str, offline: bool) -> Any:
     if source.kind == "tiny":
         from qdm_cli.engine.models.tiny import build_tiny
 
@@ -111,35 +110,41 @@ def _build(source: Source, dtype: torch.dtype, offline: bool) -> Any:
         assert source.path is not None
         return load_single_file(source.path, dtype, offline=offline)
     if source.kind == "hub":
-        return _load_hub(source, dtype, offline)
+        return _load_hub(source, dtype, component, offline)
     assert source.path is not None
-    return load_folder(read_index(source.path), dtype)
+    return load_folder(read_index(source.path), dtype, component)
 
 
-def _load_hub(source: Source, dtype: torch.dtype, offline: bool) -> Any:
+def _load_hub(source: Source, dtype: torch.dtype, component: str, offline: bool) -> Any:
     """Download what is missing (safetensors only), then load the snapshot like a folder."""
-    path = source.path
+    index = hub_file(source, "model_index.json", offline=offline)
+    if index is None:
+        raise InputError(f"model.id: {source.id} is no diffusers pipeline: it has no model_index.json.", path="model.id")
+    read_index(index.parent)  # refuses foreign code before gigabytes are fetched
+    trouble = None
     if not offline:
         try:
-            path = Path(diffusers.DiffusionPipeline.download(source.id, revision=source.commit, use_safetensors=True))
+            diffusers.DiffusionPipeline.download(source.id, revision=source.commit, use_safetensors=True)
         except Exception as error:
-            if path is None:
-                raise EnvironmentProblem(f"{source.id} cannot be downloaded: {_first_line(error)}.") from error
-    if path is None:
-        raise not_available(source.id)
+            trouble = error
     try:
-        return load_folder(read_index(path), dtype)
+        return load_folder(read_index(index.parent), dtype, component)
     except MissingWeights as error:
+        if trouble is not None:
+            raise EnvironmentProblem(f"{source.id} cannot be downloaded: {_first_line(trouble)}. {error}") from trouble
         raise not_available(source.id, f"A part of the weights ({error}) of") from error
 
 
-def load_folder(folder: PipelineFolder, dtype: torch.dtype) -> Any:
+def load_folder(folder: PipelineFolder, dtype: torch.dtype, component: str = "auto") -> Any:
     """Load a checked pipeline folder from disk alone.
 
     Raises:
-        InputError: the files are corrupt or do not fit the classes.
+        InputError: the files are corrupt or do not fit the classes, or the denoiser is missing or quantized already.
         EnvironmentProblem: a package that the pipeline needs is missing.
     """
+    name = pick_component(folder.parts, component, folder.class_name)
+    if "quantization_config" in folder.config(name):
+        raise InputError(f"model.id: {name} in {folder.path} is quantized already. Give the original model.", path="model.id")
     variant = check_weights(folder)
     try:
         return getattr(diffusers, folder.class_name).from_pretrained(

@@ -44,7 +44,7 @@ class _Layer:
 
 
 def layer_roles(denoiser: nn.Module) -> dict[str, str]:
-    """Role (recipe schema `Role`) of every Linear and Conv2d by module path, in module order; `other` where none fits.
+    """Role (`Role` of the bit policy) of every Linear and Conv2d by module path, in module order; `other` where none fits.
 
     Works on any device, meta included. Call it before layers are replaced by quantized ones.
     """
