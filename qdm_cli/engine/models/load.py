@@ -17,6 +17,7 @@ from qdm_cli.engine.models.denoiser import find_denoiser, pick_component
 from qdm_cli.engine.models.folder import MissingWeights, PipelineFolder, check_weights, read_index
 from qdm_cli.engine.models.identity import license_of, model_digest
 from qdm_cli.engine.models.lora import merge_loras_
+from qdm_cli.engine.models.memory import align_
 from qdm_cli.engine.models.schedulers import with_scheduler
 from qdm_cli.engine.models.source import Source, hub_file, not_available, resolve_source
 
@@ -66,10 +67,11 @@ def load_pipeline(
         pipeline = with_scheduler(pipeline, sampler.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     component, denoiser = find_denoiser(pipeline, model.component)
+    _place_(pipeline, device, offload)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
-    _place_(pipeline, device, offload)
+            align_(part)
     identity = {
         "id": source.id,
         "revision": source.commit,
