@@ -7,6 +7,7 @@ fails is written as failed and not timed. Candidates are interleaved, the best o
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ from qdm_kernels.quantize.op import quantize
 
 SCHEMA_VERSION = 1
 LINEAR = [(64, 1152, 1152), (512, 1152, 1152), (2048, 320, 2560), (2048, 320, 320), (512, 5120, 1280), (2, 1152, 6912)]  # M, K, N
-# B, I, H, O, kernel, stride
+# B, I, HW, O, kernel, stride
 CONV2D = [(1, 320, 64, 320, 3, 1), (1, 640, 32, 640, 3, 1), (1, 1280, 16, 1280, 3, 1), (1, 640, 32, 320, 1, 1), (1, 320, 64, 320, 3, 2)]
 
 
@@ -101,7 +102,7 @@ def conv2d_row(shape: tuple[int, ...], bits: int) -> Row:
     x16, w16, b16 = x.bfloat16(), real.bfloat16(), bias.bfloat16()
     return Row(
         op="conv2d_w8a8",
-        shape={"B": b, "I": i, "H": h, "W": h, "O": o, "kernel": k, "stride": stride},
+        shape={"B": b, "I": i, "HW": h, "O": o, "kernel": k, "stride": stride},
         weight_bits=bits,
         strategy=layer.strategy,
         reason=layer.reason,
@@ -114,14 +115,14 @@ def conv2d_row(shape: tuple[int, ...], bits: int) -> Row:
 
 
 def best_ms(candidates: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
-    """Best time of each candidate; every round runs all of them in turn, the first round is not counted."""
+    """Best CPU time of each candidate, which other processes disturb less than wall time; the first round is not counted."""
     best = dict.fromkeys(candidates, float("inf"))
     for turn in range(rounds + 1):
         for name, call in candidates.items():
-            start = time.perf_counter()
+            start = time.thread_time()
             call()
             if turn:
-                best[name] = min(best[name], (time.perf_counter() - start) * 1e3)
+                best[name] = min(best[name], (time.thread_time() - start) * 1e3)
     return {name: round(ms, 4) for name, ms in best.items()}
 
 
@@ -129,6 +130,7 @@ def measure(row: Row, rounds: int, native_bf16: bool) -> dict:
     """The JSON object of one row."""
     fields = {"op": row.op, "shape": row.shape, "weight_bits": row.weight_bits, "activation_bits": 8, "strategy": row.strategy}
     fields |= {"why_not_onednn": row.reason, "gate": "passed" if row.gate() else "failed"}
+    fields |= {"rounds": rounds, "load_average": round(os.getloadavg()[0], 2)}
     if fields["gate"] == "failed":
         return fields
     candidates = {"integer": row.integer, "with_quantize": row.with_quantize, "fp32": row.fp32}
@@ -163,19 +165,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=["linear", "conv2d"], help="time one op")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 8], help="weight widths")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of an interrupted run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     native_bf16 = bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
-    probe, load_before = backend.probe(), os.getloadavg()[0]
-    rows = []
+    path = args.out / f"{cpu_name()}.json"
+    report = header(native_bf16)
+    if args.resume and path.exists():
+        report["rows"] = json.loads(path.read_text())["rows"]
+    done = [([*row["shape"].values()], row["weight_bits"]) for row in report["rows"]]
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, build, shapes in (("linear", linear_row, LINEAR), ("conv2d", conv2d_row, CONV2D)):
-        for shape in shapes if args.only in (None, name) else []:
-            for bits in args.bits:
-                rows.append(measure(build(shape, bits), args.rounds, native_bf16))
-                print(json.dumps(rows[-1]), flush=True)
-    report = {
+        for shape, bits in itertools.product(shapes if args.only in (None, name) else [], args.bits):
+            if ([*shape], bits) not in done:
+                report["rows"].append(measure(build(shape, bits), args.rounds, native_bf16))
+                print(json.dumps(report["rows"][-1]), flush=True)
+                path.write_text(json.dumps(report, indent=1) + "\n")
+    print(path)
+
+
+def header(native_bf16: bool) -> dict:
+    """The report without rows: machine, versions, settings."""
+    probe = backend.probe()
+    return {
         "schema_version": SCHEMA_VERSION,
         "device": cpu_name(),
         "native_bf16": native_bf16,
@@ -183,14 +197,9 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "git_commit": git_commit(),
         "threads": 1,
-        "rounds": args.rounds,
-        "load_average": {"before": round(load_before, 2), "after": round(os.getloadavg()[0], 2)},
-        "rows": rows,
+        "clock": "CPU time of the thread",
+        "rows": [],
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{report['device']}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(path)
 
 
 if __name__ == "__main__":
