@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qdm_cli.engine.context import RunContext
     from qdm_cli.engine.methods.ptq import CalibrateConfig
 
-VALUES_PER_STEP = 16_384
+VALUES_PER_STEP = 8_192
 """Values kept of each layer's input at each step: 80 candidate ranges on all of them would take hours."""
 
 
