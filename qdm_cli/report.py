@@ -265,24 +265,21 @@ def fill_closed_descriptors() -> None:
 
 @contextmanager
 def reserved_stdout() -> Iterator[None]:
-    """While a command works, what libraries print on stdout goes to stderr, from Python and from C alike."""
-    stream, number = sys.stdout, None
-    with suppress(AttributeError, OSError, ValueError):
-        number = stream.fileno()
-    if stream is None or sys.stderr is None or number != 1:
-        with redirect_stdout(sys.stderr):
-            yield
-        return
-    stream.flush()
-    saved = os.dup(1)
-    os.dup2(2, 1)
+    """While a command works, what libraries print on stdout goes to stderr, from Python, C and child processes alike."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    saved = None
+    with suppress(OSError):
+        saved = os.dup(1)
+        os.dup2(2, 1)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         _flush_c_streams()
-        os.dup2(saved, 1)
-        os.close(saved)
+        if saved is not None:
+            os.dup2(saved, 1)
+            os.close(saved)
 
 
 def _flush_c_streams() -> None:

@@ -78,7 +78,7 @@ class StageFolder:
         from filelock import FileLock, Timeout
 
         with writing(self.final.parent):
-            self.final.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(self.final.parent)
             lock = FileLock(self.final.with_name(f".{self.final.name}.lock"), timeout=-1 if wait else 0)
             try:
                 lock.acquire()
@@ -161,6 +161,14 @@ def stage_folder(stage: str, key: str, *, root: Path, out: Path | None) -> Stage
     if out is not None:
         return StageFolder(Path(os.path.abspath(out.expanduser())), stage, key, linked=False)
     return StageFolder(Path(os.path.abspath(root)) / f"{stage}-{key[:8]}", stage, key, linked=True)
+
+
+def _make_folder(path: Path) -> None:
+    """Where even a folder cannot be made the reason does not matter: some file systems say "no such file"."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot use {path}: {error.strerror}") from error
 
 
 def _fsync(path: Path) -> None:
