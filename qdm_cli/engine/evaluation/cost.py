@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 FLOAT_BITS_STORED = 16
 FLOAT_BITS_COMPUTED = 32
 WARM_UP = 3
+SPEEDS = (
+    "latency_p50_ms",
+    "latency_p90_ms",
+    "latency_base_p50_ms",
+    "latency_base_p90_ms",
+    "speedup",
+    "images_per_s",
+    "images_per_s_base",
+    "memory_weights_mb",
+    "memory_weights_base_mb",
+    "peak_memory_mb",
+)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -226,9 +238,7 @@ def speeds(
 ) -> dict[str, Any]:
     """Latency, images per second and memory; null for a simulated model."""
     if subject.kind == "simulated":
-        names = ("latency_p50_ms", "latency_p90_ms", "latency_base_p50_ms", "latency_base_p90_ms", "speedup")
-        names += ("images_per_s", "images_per_s_base", "memory_weights_mb", "memory_weights_base_mb", "peak_memory_mb")
-        return {key: value for name in names for key, value in ((name, None), (f"{name}_why", SIMULATED_WHY))}
+        return {key: value for name in SPEEDS for key, value in ((name, None), (f"{name}_why", SIMULATED_WHY))}
     models = {"base": base} if subject is base else {"base": base, "own": subject}
     times = latencies(models, call, repeats=repeats, device=device)
     own, reference = times.get("own", times["base"]), times["base"]

@@ -47,12 +47,14 @@ class Reference:
         name, sha256: for the protocol.
         moments: mean and covariance.
         features: [M, D], or None where only moments are known: then there is no KID and no floor.
+        floor: (Frechet distance, KID) of every other image against the rest where that is known already: it takes seconds.
     """
 
     name: str
     sha256: str | None
     moments: Gaussian
     features: torch.Tensor | None = None
+    floor: tuple[float, float] | None = None
 
 
 def file_sha256(path: Path) -> str:
@@ -115,7 +117,8 @@ def shipped_reference() -> Reference:
     stored = fashion.load_reference()
     features = stored.features.float()
     sha = file_sha256(fashion.FOLDER / fashion.REFERENCE_FILE)
-    return Reference("Fashion-MNIST test images", sha, Gaussian(stored.mean, stored.covariance, len(features)), features)
+    floor = (stored.meta["floor"]["frechet"], stored.meta["floor"]["kid"])
+    return Reference("Fashion-MNIST test images", sha, Gaussian(stored.mean, stored.covariance, len(features)), features, floor)
 
 
 def reference_from(setting: str, extractor: Extractor, size: tuple[int, ...], base: SampleBank | None, count: int) -> Reference:
@@ -191,22 +194,22 @@ def distances(
         return result
     result[kid], result[f"{kid}_std"] = kernel_distance(features, reference.features, seed=seed)
     result[f"{kid}_base"] = None if base is None else kernel_distance(base, reference.features, seed=seed)[0]
-    return result | floors(reference.features, len(features), fid=fid, kid=kid, seed=seed)
+    result[f"{fid}_floor"], result[f"{kid}_floor"] = reference.floor or floor_of(reference.features, seed=seed)
+    return result | floor_at(reference.features, len(features), f"{fid}_floor_at_n", seed)
 
 
-def floors(features: torch.Tensor, n: int, *, fid: str, kid: str, seed: int) -> dict[str, Any]:
-    """What real images score: every other image of the reference against the rest, and n of them against the rest."""
+def floor_of(features: torch.Tensor, *, seed: int = 0) -> tuple[float, float]:
+    """What real images score: Frechet distance and KID of every other image of the reference against the rest."""
     even, odd = features[0::2], features[1::2]
-    result: dict[str, Any] = {
-        f"{fid}_floor": frechet_distance(gaussian_of(even), gaussian_of(odd)),
-        f"{kid}_floor": kernel_distance(even, odd, seed=seed)[0],
-    }
+    return frechet_distance(gaussian_of(even), gaussian_of(odd)), kernel_distance(even, odd, seed=seed)[0]
+
+
+def floor_at(features: torch.Tensor, n: int, name: str, seed: int) -> dict[str, Any]:
+    """Frechet distance of n images of the reference, drawn from `seed`, against the rest; null when there are too few."""
     if n > len(features) // 2:
-        why = f"the reference has {len(features)} images, fewer than twice {n}"
-        return result | {f"{fid}_floor_at_n": None, f"{fid}_floor_at_n_why": why}
+        return {name: None, f"{name}_why": f"the reference has {len(features)} images, fewer than twice {n}"}
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-    drawn, rest = features[order[:n]], features[order[n:]]
-    return result | {f"{fid}_floor_at_n": frechet_distance(gaussian_of(drawn), gaussian_of(rest))}
+    return {name: frechet_distance(gaussian_of(features[order[:n]]), gaussian_of(features[order[n:]]))}
 
 
 def skipped(label: str, why: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ def parse_condition(text: str) -> Condition:
     return Condition(text.strip(), match[1], match[3], float(match[4]), optional=match[2] is not None)
 
 
-def parse_conditions(texts: Iterable[str], suites: set[str], further: Iterable[str] = ()) -> list[Condition]:
+def parse_conditions(texts: Iterable[str], suites: Set[str], further: Iterable[str] = ()) -> list[Condition]:
     """Parse all conditions and check that the chosen suites measure what they name.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 
@@ -75,6 +76,6 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def of_suites(suites: set[str]) -> dict[str, Metric]:
+def of_suites(suites: Set[str]) -> dict[str, Metric]:
     """Metrics that these suites measure, in table order."""
     return {name: metric for name, metric in METRICS.items() if metric.suite in suites}

@@ -23,7 +23,7 @@ def _environment() -> Any:
     escaped = ("html",)
     return Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=lambda name: bool(name) and name.endswith(escaped),
+        autoescape=lambda name: name is not None and name.endswith(escaped),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
@@ -102,18 +102,15 @@ def _missing(metrics: dict[str, Any]) -> list[dict[str, str]]:
 def _distance_bars(metrics: dict[str, Any], protocol: dict[str, Any]) -> list[dict[str, Any]]:
     charts = []
     for fid, label in (("fid[fashion]", "[fashion]"), ("fid", "inception")):
-        bars = [
-            (name, metrics.get(key), kind)
-            for name, key, kind in (
-                ("floor: real against real", f"{fid}_floor", "floor"),
-                ("floor at this number of images", f"{fid}_floor_at_n", "floor"),
-                ("base model", f"{fid}_base", ""),
-                ("this model", fid, "own"),
-            )
-            if metrics.get(key) is not None
-        ]
         if metrics.get(fid) is None:
             continue
+        shown = (
+            ("floor: real against real", f"{fid}_floor", "floor"),
+            ("floor at this number of images", f"{fid}_floor_at_n", "floor"),
+            ("base model", f"{fid}_base", ""),
+            ("this model", fid, "own"),
+        )
+        bars = [(name, float(metrics[key]), kind) for name, key, kind in shown if metrics.get(key) is not None]
         largest = max([value for _, value, _ in bars] + [1e-12])
         rows = [
             {"label": name, "value": number(value), "kind": kind, "width": f"{_BAR_REM * value / largest:.2f}"}

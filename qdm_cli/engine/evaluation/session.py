@@ -180,7 +180,8 @@ class Session:
         self.metrics |= paired.metrics()
         traced = min(TRACE_SAMPLES, count)
         progress = partial(self.ctx.events.progress, "errors per timestep")
-        arguments = {"count": traced, "batch": min(traced, self.spec.batch), "seed": self.ctx.recipe.seed, "prompts": self.prompts}
+        arguments: dict[str, Any] = {"count": traced, "batch": min(traced, self.spec.batch)}
+        arguments |= {"seed": self.ctx.recipe.seed, "prompts": self.prompts}
         self.trace = trace(self.reference, self.subject, self.ctx.recipe.sampler, **arguments, progress=progress)
         self.metrics |= self.trace.metrics()
         self.layers = layer_rows(self.reference, self.subject, self.trace.layers)
@@ -237,7 +238,8 @@ class Session:
         self.metrics |= costs.sizes(self.base, self.subject)
         self.metrics["bits_w_mean"] = costs.mean_weight_bits(self.base, self.subject)
         self.metrics |= costs.operations(self.base, self.subject, call, suite.batch)
-        arguments = {"batch": suite.batch, "repeats": suite.repeats, "seed": seed, "prompts": self.prompts, "device": device}
+        arguments: dict[str, Any] = {"batch": suite.batch, "repeats": suite.repeats, "device": device}
+        arguments |= {"seed": seed, "prompts": self.prompts}
         self.metrics |= costs.speeds(self.base, self.subject, call, sampler, **arguments)
 
     @contextmanager

@@ -42,7 +42,7 @@ def evaluate(spec: EvaluateSpec, source: Artifact | None, ctx: RunContext) -> St
     reference = load_reference_model(model_folder, base, ctx) if model_folder else (None if source is None else base)
     session = Session(spec, ctx, subject, reference, base)
     if other is not None:
-        refuse_unlike(_known(session.protocol), other.protocol, str(other_file))
+        refuse_unlike(_known(session.protocol), _known(other.protocol), str(other_file))
     session.run()
     if other is not None:
         refuse_unlike(session.protocol, other.protocol, str(other_file))
@@ -114,8 +114,8 @@ def change_names(names: Iterable[str]) -> list[str]:
 
 def _known(protocol: dict[str, Any]) -> dict[str, Any]:
     """What is certain before an image is made: all but the images' size and the features they are measured with."""
-    known = {part: dict(fields) for part, fields in protocol.items()}
-    known["common"].pop("size")
+    known: dict[str, Any] = {"common": {}} | {part: dict(fields) for part, fields in protocol.items()}
+    known["common"].pop("size", None)
     known.get("distribution", {}).pop("extractors", None)
     return known
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from qdm_cli.engine.checkpoint import flatten_optimizer, read_tensors, restore_optimizer, write_tensors
+from qdm_cli.engine.evaluation.distribution import floor_of
 from qdm_cli.engine.evaluation.fashion import REFERENCE_FILE, WEIGHTS_FILE, FashionFeatures
-from qdm_cli.engine.evaluation.frechet import frechet_distance, gaussian_of, kernel_distance
+from qdm_cli.engine.evaluation.frechet import gaussian_of
 from qdm_cli.engine.zoo.fashion import load_split
 
 
@@ -49,12 +50,11 @@ def features_and_accuracy(network: FashionFeatures, images: torch.Tensor, labels
 
 def write_reference(folder: Path, features: torch.Tensor, meta: dict) -> dict:
     """Write the statistics of the test features with their floors (even against odd images) and return what was recorded."""
-    even, odd = features[0::2], features[1::2]
-    kid, kid_std = kernel_distance(even, odd)
+    frechet, kid = floor_of(features)
     meta = {
         **meta,
         "n": len(features),
-        "floor": {"frechet": frechet_distance(gaussian_of(even), gaussian_of(odd)), "kid": kid, "kid_std": kid_std, "n": len(even)},
+        "floor": {"frechet": frechet, "kid": kid, "n": len(features) // 2},
         "weights_sha256": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
     }
     moments = gaussian_of(features)

@@ -164,6 +164,7 @@ def test_the_shipped_floor_is_reproduced() -> None:
     assert reference.features is not None
     even, odd = reference.features[0::2], reference.features[1::2]
     assert frechet_distance(gaussian_of(even), gaussian_of(odd)) == pytest.approx(floor["frechet"], rel=1e-2)
+    assert reference.floor == (floor["frechet"], floor["kid"])
 
 
 def test_the_network_takes_bytes_and_floats_alike() -> None:
