@@ -131,9 +131,16 @@ def write_pipeline(folder: Path, pipeline: Any, component: str, source: Path | N
         if source is not None and (source / name).is_dir() and name != "scheduler":
             _link_files(source / name, folder / name)
         else:
+            _halve_if_lossless_(part)
             part.save_pretrained(folder / name)
     index = {key: value for key, value in json.loads(pipeline.to_json_string()).items() if key != "_name_or_path"}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _halve_if_lossless_(part: Any) -> None:
+    """Weights read from fp16 files were loaded as f32: store them as they came."""
+    if isinstance(part, nn.Module) and all(compact(name, value).dtype != torch.float32 for name, value in part.state_dict().items()):
+        part.half()
 
 
 def _link_files(source: Path, target: Path) -> None:

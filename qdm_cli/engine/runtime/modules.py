@@ -73,7 +73,8 @@ class PackedLayer(nn.Module):
         if spec.kind == "linear":
             return flat
         outputs, inputs, *kernel = spec.weight_shape
-        return flat.view(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
+        # clone, not contiguous(): a 1x1 kernel would keep strides that make convolutions choose channels_last
+        return flat.view(outputs, *kernel, inputs).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
     def centred_weight(self) -> Tensor:
         """codes - zero point as f32, the weight's own shape."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from qdm_cli.engine.context import StageResult
 from qdm_cli.engine.diffusion.sampling import step_timesteps
-from qdm_cli.engine.diffusion.trajectories import captured_calls, timestep_of
+from qdm_cli.engine.diffusion.trajectories import timestep_of
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models import LoadedPipeline, load_pipeline
+from qdm_cli.engine.models.load import quiet
 from qdm_cli.engine.models.source import resolve_source
 from qdm_cli.engine.quant.report import layer_rows
 from qdm_cli.engine.quant.state import LayerDecision, QuantState, read_state
@@ -61,8 +64,9 @@ def export(spec: ExportSpec, source: Artifact | None, ctx: RunContext) -> StageR
 
     written = _write_denoiser(target, loaded, state, ctx.payload if spec.component_only else ctx.payload / loaded.component)
     if not spec.component_only:
-        writer.write_pipeline(ctx.payload, loaded.pipeline, loaded.component, _source_folder(ctx))
-    parts = _parts(ctx.payload, written, decisions)
+        with quiet():
+            writer.write_pipeline(ctx.payload, loaded.pipeline, loaded.component, _source_folder(ctx))
+    parts = _parts(ctx.payload, written, decisions if target == "qdm" else [])
     sampler = ctx.recipe.sampler.model_dump(mode="json")
     lone_class = type(loaded.denoiser).__name__ if spec.component_only else None
     card = model_card(decisions, target=target, identity=loaded.identity, lone_class=lone_class, parts=parts, sampler=sampler)
@@ -107,12 +111,18 @@ def _source_folder(ctx: RunContext) -> Path | None:
 def probe_calls(loaded: LoadedPipeline, ctx: RunContext) -> list[Arguments]:
     """Arguments of the denoiser at the first, middle and last step, as the pipeline makes them; one denoiser call is computed."""
     calls: dict[float, Arguments] = {}
+    signature = inspect.signature(type(loaded.denoiser).forward)
 
-    def keep(arguments: Arguments, output: torch.Tensor) -> None:
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = signature.bind(module, *args, **kwargs).arguments
+        arguments = {name: value for name, value in bound.items() if name not in ("self", "return_dict") and value is not None}
         calls.setdefault(timestep_of(arguments), arguments)
 
-    with captured_calls(loaded.denoiser, keep):
+    handle = loaded.denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
         step_timesteps(loaded, ctx.recipe.sampler)
+    finally:
+        handle.remove()
     found = list(calls.values())
     return [found[index] for index in sorted({0, len(found) // 2, len(found) - 1})]
 
