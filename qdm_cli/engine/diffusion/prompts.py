@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def prompts_for(source: str, count: int | None = None) -> list[str]:
 
 
 def _read(path: Path) -> list[str]:
-    readers = {".txt": str.splitlines, ".tsv": _from_tsv, ".jsonl": _from_jsonl}
+    readers: dict[str, Callable[[str], list[str]]] = {".txt": str.splitlines, ".tsv": _from_tsv, ".jsonl": _from_jsonl}
     if path.suffix not in readers:
         raise InputError(f"prompts: {path} is no .txt, .tsv or .jsonl file.")
     try:

@@ -240,24 +240,6 @@ def test_cached_hub_model_with_code_is_refused(hub_cache: Path, ddpm_folder: Pat
         load(HUB_ID)
 
 
-# one file
-
-
-def test_single_file_that_is_missing_or_truncated(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no file"):
-        load(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00")
-    with pytest.raises(InputError, match="truncated"):
-        load(tmp_path / "model.safetensors")
-
-
-def test_single_file_names_the_configuration_it_lacks_offline(hub_cache: Path, tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)}, file)
-    with pytest.raises(EnvironmentProblem, match="stable-diffusion-v1-5/stable-diffusion-v1-5"):
-        load(file)
-
-
 # scheduler
 
 
