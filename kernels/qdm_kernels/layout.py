@@ -26,7 +26,7 @@ def pack_int4(codes: Tensor) -> Tensor:
     k = codes.shape[-1]
     padded = torch.nn.functional.pad(codes, (0, padded_length(k) - k))
     nibbles = padded.view(torch.uint8).bitwise_and(0x0F).unflatten(-1, (-1, 2, PLANE))
-    return (nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)).flatten(-2)
+    return (nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)).flatten(-2).contiguous()
 
 
 def unpack_int4(packed: Tensor, k: int) -> Tensor:

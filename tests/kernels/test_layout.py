@@ -72,9 +72,20 @@ def test_conv_planes_lie_inside_the_input_channels() -> None:
     assert torch.equal(layout.pack_weight(codes, 8)[1, 2, 0], codes[1, :, 2, 0])
 
 
-def test_packing_reads_strided_codes() -> None:
-    codes = draw_codes((6, 65), 4, 0)
-    assert torch.equal(layout.pack_int4(codes.T), layout.pack_int4(codes.T.contiguous()))
+@pytest.mark.parametrize("shape", [(6, 65), (64, 5), (128, 3)], ids=str)
+def test_packing_strided_codes_is_contiguous(shape: tuple[int, int]) -> None:
+    """No padding is added at 64 and 128: elementwise results would keep the strides of their input."""
+    codes = draw_codes(shape, 4, 0)
+    packed = layout.pack_int4(codes.T)
+    assert packed.is_contiguous()
+    assert torch.equal(packed, layout.pack_int4(codes.T.contiguous()))
+
+
+def test_conv_of_whole_blocks_packs_contiguous() -> None:
+    codes = draw_codes((4, 64, 3, 3), 4, 0)
+    packed = layout.pack_weight(codes, 4)
+    assert packed.is_contiguous()
+    assert torch.equal(layout.unpack_weight(packed, 4, codes.shape), codes)
 
 
 @pytest.mark.parametrize(
