@@ -78,8 +78,8 @@ class Rule(Spec):
     """Bits of weights and activations; `weights` and `activations` refine it."""
     weights: Bits | None = None
     """Bits of the weights."""
-    activations: Bits | None = None
-    """Bits of the activations."""
+    activations: Bits | Literal["float"] | None = None
+    """Bits of the activations; `float` = weights only."""
     granularity: Literal["tensor", "channel", "group"] | None = None
     """Overrides the policy."""
     group_size: int | None = Field(None, ge=8)
@@ -101,6 +101,7 @@ class QuantizeSpec(Spec):
     """Default of the activations; null = weights only."""
     rules: tuple[Rule, ...] = ()
     """Exceptions, before those of `policy`."""
-    policy: Literal["efficientdm", "edges8", "all"] = "efficientdm"
+    policy: Literal["efficientdm", "edges-w8", "all"] = "efficientdm"
     """Rules that follow the recipe's own. efficientdm = input, output and time embedding at 8 bits, shortcuts and down-sampling in full
-    precision; edges8 = input, output, time embedding, shortcuts and down-sampling at 8 bits; all = every layer at the policy's bits."""
+    precision (the paper); edges-w8 = all of these and the time projections with 8-bit weights and float activations, which keeps the path
+    from x_t to the prediction exact at a quarter of the bytes; all = every layer at the policy's bits."""

@@ -21,9 +21,13 @@ POLICIES: dict[str, tuple[Rule, ...]] = {
         Rule(match=RoleMatch(role=_EDGES), bits=8, timestep_aware=False, why="policy efficientdm: edges at 8 bits"),
         Rule(match=RoleMatch(role=("shortcut", "downsample")), skip=True, why="policy efficientdm: shortcuts and down-sampling kept"),
     ),
-    "edges8": (
-        Rule(match=RoleMatch(role=_EDGES), bits=8, timestep_aware=False, why="policy edges8: edges at 8 bits"),
-        Rule(match=RoleMatch(role=("shortcut", "downsample")), bits=8, why="policy edges8: shortcuts and down-sampling at 8 bits"),
+    "edges-w8": (
+        Rule(
+            match=RoleMatch(role=(*_EDGES, "time_projection", "shortcut", "downsample")),
+            weights=8,
+            activations="float",
+            why="policy edges-w8: 8-bit weights, float activations",
+        ),
     ),
     "all": (),
 }
@@ -98,19 +102,22 @@ def _decide(name: str, module: nn.Module, role: str, quantize: QuantizeSpec, mat
         raise InputError(
             f"{name}: group size {group_size} does not divide its {shape[1]} inputs. Add a rule with granularity: channel for it."
         )
+    bits_a = None if activations is None or rule.activations == "float" else (rule.activations or rule.bits or activations.bits)
+    static = activations is not None and bits_a is not None and activations.mode == "static"
+    aware = rule.timestep_aware if rule.timestep_aware is not None else bool(activations and activations.timestep_aware)
     return LayerDecision(
         name=name,
         type=kind,  # type: ignore[arg-type]
         shape=shape,
         role=role,
         bits_w=rule.weights or rule.bits or weights.bits,
-        bits_a=None if activations is None else (rule.activations or rule.bits or activations.bits),
+        bits_a=bits_a,
         granularity=granularity,
         group_size=group_size,
         symmetric=weights.symmetric,
         act_mode=activations.mode if activations else "static",
         act_symmetric=activations.symmetric if activations else False,
-        timestep_aware=bool(activations and (activations.timestep_aware if rule.timestep_aware is None else rule.timestep_aware)),
+        timestep_aware=static and aware,
         rule=label,
     )
 
