@@ -87,7 +87,11 @@ def _policy(decisions: list[LayerDecision]) -> str:
     """Table: how many layers have which bits, and why the others have none."""
     kinds = Counter((_bits(d), d.skipped_why or d.rule) for d in decisions)
     rows = [f"| {bits} | {count} | {why} |" for (bits, why), count in kinds.most_common()]
-    return "\n".join(["| weights / activations | layers | rule |", "|---|---|---|", *rows])
+    table = "\n".join(["| weights / activations | layers | rule |", "|---|---|---|", *rows])
+    floating = sum(not d.skipped_why and (d.bits_a is None or d.granularity == "group") for d in decisions)
+    if not floating:
+        return table
+    return f"{table}\n\n{floating} layers (float activations or group scales) compute on dequantized weights: no integer kernel runs there."
 
 
 def _bits(d: LayerDecision) -> str:

@@ -112,6 +112,14 @@ class QdmQuantizer(DiffusersQuantizer):
         leaf = param_name.rpartition(".")[2]
         _owner(model, param_name).load_buffer_(leaf, state_dict[param_name].to(target_device))
 
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """A loaded model is saved as small as the export was."""
+        from qdm_cli.engine.runtime.folder import compact
+
+        return {name: compact(name, value) for name, value in state_dict.items()}, {}
+
     @property
     def is_serializable(self) -> bool:
         return True

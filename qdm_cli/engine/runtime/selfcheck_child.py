@@ -23,8 +23,8 @@ def main() -> None:
     hashes = {name: tensor_hash(value) for name, value in first.state_dict().items()}
     outputs, problems = _run(first, task)
     del first
-    again, more = _run(_load(task), task)
-    if not all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True)):
+    (again,), more = _run(_load(task), {**task, "calls": task["calls"][-1:]})
+    if not torch.equal(again, outputs[-1]):
         more.append("a second load gives other outputs")
     print(json.dumps({"hashes": hashes, "problems": problems + more, **_compare(outputs, task)}))
 
@@ -62,7 +62,7 @@ def _run(denoiser, task: dict):
             named = denoiser(**arguments, return_dict=False)[0]
             outputs.append(named)
             first, second = task["positional"]
-            if second == "timestep":
+            if second == "timestep" and call is task["calls"][0]:
                 rest = {name: value for name, value in arguments.items() if name not in (first, second)}
                 if not torch.equal(denoiser(arguments[first], arguments[second], **rest, return_dict=False)[0], named):
                     problems.append("timestep by position and by keyword give different outputs")

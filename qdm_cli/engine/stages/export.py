@@ -172,12 +172,12 @@ def _size_metrics(written: Written, fp16_bytes: int) -> dict[str, Any]:
 
 
 def _parts(payload: Path, written: Written, decisions: list[LayerDecision]) -> dict[str, int]:
-    """Bytes on disk: the denoiser's weights by part, its header measured; every other component by name; the remaining files."""
+    """Bytes on disk without the card: the denoiser's weights by part, every other component by name, configuration files."""
     files = writer.weight_files(written.folder)
     parts = bytes_by_part(written.table, decisions)
     parts["header"] = sum(path.stat().st_size for path in files) - sum(nbytes(entry) for entry in written.table.values())
     for path in sorted(payload.rglob("*")):
-        if path.is_file() and path not in files:
+        if path.is_file() and path not in files and path.name != "README.md":
             inside = path.relative_to(payload).parts
             name = inside[0] if len(inside) > 1 and payload / inside[0] != written.folder else "configuration"
             parts[name] = parts.get(name, 0) + path.stat().st_size

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import qdm_cli
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.state_apply import apply_state_
-from qdm_cli.engine.runtime.folder import packed_tensors, write_component, write_pipeline, write_weights
+from qdm_cli.engine.runtime.folder import compact, packed_tensors, write_component, write_pipeline, write_weights
 from qdm_cli.engine.runtime.modules import PackedLayer
 
 
@@ -29,7 +29,8 @@ def exported(tmp_path: Path, tiny_unet, make_state) -> Path:
     state.layers["conv_out"].weight_scale.mul_(1e-6)
     pipeline = DDIMPipeline(unet=tiny_unet, scheduler=DDIMScheduler())
     write_pipeline(tmp_path / "export", pipeline, "unet", None)
-    write_component(tmp_path / "export" / "unet", tiny_unet, *packed_tensors(tiny_unet, state))
+    tensors, config = packed_tensors(tiny_unet, state)
+    write_component(tmp_path / "export" / "unet", tiny_unet, {name: compact(name, value) for name, value in tensors.items()}, config)
     return tmp_path / "export"
 
 
