@@ -22,7 +22,7 @@ PUBLIC = {"load", "register", "cached", "__version__"}  # names of qdm_cli/__ini
 FREE = {"spec", "errors", "context", "checkpoint", "artifact"}  # usable by all of engine
 BELOW_METHODS = SIBLINGS | {"free", "zoo", "qdm_kernels"}
 BELOW_RUN = BELOW_METHODS | {"recipe", "methods", "stages"}
-ENGINE = BELOW_RUN | {"run", "engine"}
+ENGINE = BELOW_RUN | {"run", "plan", "engine"}
 
 # layer -> the layers it may import; its own layer is always allowed.
 ALLOWED: dict[str, set[str]] = {
@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": BELOW_METHODS | {"recipe"},
     "stages": BELOW_RUN,
     "run": BELOW_RUN,
+    "plan": BELOW_RUN | {"run"},
     "engine": ENGINE,
     "report": ENGINE,
     "commands": ENGINE | {"report"},

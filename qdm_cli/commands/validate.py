@@ -58,8 +58,7 @@ def _match_rules(loaded: LoadedRecipe, session: Session) -> dict[str, int]:
     try:
         return rule_hits(loaded.recipe, offline=session.offline, smoke=session.smoke)
     except InputError as error:
-        placed = [Problem(p.message, loaded.where(p.path) if p.path else loaded.file, p.path, p.hint) for p in error.problems]
-        raise RecipeError(placed) from None
+        raise loaded.placed(error) from None
 
 
 def _at(recipe: str, problem: Problem) -> Problem:

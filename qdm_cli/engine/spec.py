@@ -30,4 +30,4 @@ def parse_bytes(value: Any) -> int:
     return int(float(match[1]) * _BYTES[match[2].upper()])
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str)]

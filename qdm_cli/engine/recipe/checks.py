@@ -9,8 +9,8 @@ from qdm_cli.engine.errors import RecipeError
 from qdm_cli.engine.evaluation.gates import parse_conditions
 from qdm_cli.engine.evaluation.names import of_suites
 from qdm_cli.engine.methods import METHODS
-from qdm_cli.engine.recipe.errors import Finding
 from qdm_cli.engine.quant.config import QuantizeSpec, RoleMatch, Rule
+from qdm_cli.engine.recipe.errors import Finding
 from qdm_cli.engine.recipe.schema import Recipe
 from qdm_cli.engine.recipe.source import Document
 

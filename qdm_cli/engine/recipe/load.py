@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from pydantic import ValidationError
 
-from qdm_cli.engine.errors import InputError, Problem
+from qdm_cli.engine.errors import InputError, Problem, RecipeError
 from qdm_cli.engine.recipe.bundled import bundled_names, bundled_text
 from qdm_cli.engine.recipe.checks import cross_checks, empty_stages
 from qdm_cli.engine.recipe.errors import Finding, booleans_for_numbers, findings_of, refuse
@@ -56,6 +56,13 @@ class LoadedRecipe:
         while keys and keys not in self.origins:
             keys = keys[:-1]
         return str(self.origins[keys]) if keys else None
+
+    def placed(self, error: InputError) -> RecipeError:
+        """An error about this recipe that was found later, with the positions of the settings that it names."""
+        found = [
+            Problem(p.message, p.where or (self.where(p.path) if p.path else None) or self.file, p.path, p.hint) for p in error.problems
+        ]
+        return RecipeError([Problem(p.message.removeprefix(f"{p.path}: "), p.where, p.path, p.hint) for p in found])
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, stdin: TextIO | None = None) -> LoadedRecipe:

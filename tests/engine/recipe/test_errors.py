@@ -256,6 +256,8 @@ HEAD = "model: {id: tiny:ddpm}\n"
             "evaluate: {suites: [cost], fail_if: ['psnr<3']}",
             "'psnr' belongs to the suite fidelity, which is not in evaluate.suites",
         ),
+        "suite twice": ("evaluate: {suites: [cost, {method: cost}]}", "<stdin>:2:27  evaluate.suites.1: cost is named more than once"),
+        "no suite": ("evaluate: {suites: []}", "<stdin>:2:12  evaluate.suites: names no suite"),
         "device": ("device: {name: gpu}", "<stdin>:2:10  device.name: must be auto, cpu, cuda or cuda:N (got 'gpu')"),
         "stage without settings": ("export:  # later", "<stdin>:2:1  export: has no settings. Write {} for its defaults, or null"),
     }.values(),

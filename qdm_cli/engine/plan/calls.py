@@ -1,0 +1,75 @@
+"""How often each stage calls the denoiser, and with how many images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+from qdm_cli.engine.evaluation.config import CostSuite
+from qdm_cli.engine.evaluation.cost import WARM_UP
+from qdm_cli.engine.evaluation.session import TRACE_SAMPLES
+
+if TYPE_CHECKING:
+    from qdm_cli.engine.recipe.schema import Recipe
+
+PROBES = 3
+"""Calls of the export's self-check, by each of the two models."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Equal denoiser calls of one phase.
+
+    Attributes:
+        stage, phase: where they happen.
+        count: calls. `images`: images per call, before guidance doubles them.
+        training: with a backward pass through the quantized model.
+    """
+
+    stage: str
+    phase: str
+    count: int
+    images: int
+    training: bool = False
+
+
+def denoiser_calls(recipe: Recipe) -> list[Calls]:
+    """All phases of a recipe that call the denoiser. A sampler with two calls per step (Heun) is counted as one."""
+    steps = recipe.sampler.steps
+    found: list[Calls] = []
+    if recipe.calibrate is not None:
+        data, own = recipe.calibrate.data, min(recipe.calibrate.samples_per_step, recipe.calibrate.data.samples)
+        found.append(Calls("calibrate", "trajectories", ceil(data.samples / data.batch) * steps, min(data.batch, data.samples)))
+        static = recipe.quantize.activations is not None and recipe.quantize.activations.mode == "static"
+        found.append(Calls("calibrate", "ranges", steps * ceil(own / data.batch) if static else 0, min(own, data.batch)))
+    if recipe.finetune is not None:
+        cfg = recipe.finetune
+        train_steps = cfg.sampler.steps or steps
+        pools = ceil(cfg.iterations / max(1, train_steps // cfg.accumulate))
+        found.append(Calls("finetune", "trajectories", (pools + 1) * train_steps, cfg.batch_size))
+        found.append(Calls("finetune", "training", cfg.iterations * cfg.accumulate, cfg.batch_size, training=True))
+    if recipe.export is not None and recipe.export.verify:
+        found.append(Calls("export", "self-check", 2 * PROBES + 1, 1))
+    if recipe.evaluate is not None:
+        found += _evaluation(recipe, steps)
+    return [calls for calls in found if calls.count]
+
+
+def _evaluation(recipe: Recipe, steps: int) -> list[Calls]:
+    """Images of both models once for all suites, trajectories for the errors per timestep, timed calls."""
+    spec = recipe.evaluate
+    assert spec is not None
+    images = {suite.method: suite.samples or spec.samples for suite in spec.suites if not isinstance(suite, CostSuite)}
+    found = []
+    if images:
+        count = max(images.values())
+        found.append(Calls("evaluate", "images", 2 * ceil(count / spec.batch) * steps, min(count, spec.batch)))
+    if "fidelity" in images:
+        traced = min(TRACE_SAMPLES, images["fidelity"])
+        # each trajectory with both models, and the compressed model once more along the base model's
+        found.append(Calls("evaluate", "errors per timestep", 3 * steps, traced))
+    for suite in spec.suites:
+        if isinstance(suite, CostSuite):
+            found.append(Calls("evaluate", "timing", 2 * (suite.repeats + WARM_UP), suite.batch))
+    return found
