@@ -191,8 +191,12 @@ def test_another_sampler_is_refused_with_both_values() -> None:
     source = run_stage("calibrate", recipe(), **ENGINE).artifact
     with pytest.raises(InputError, match=r"sampler\.steps: .* holds for 5, the recipe says 7"):
         run_stage("finetune", recipe(sampler={"steps": 7}), source=source, **ENGINE)
-    with pytest.raises(InputError, match=r"sampler\.scheduler: .* holds for DDIMScheduler, the recipe says DDPMScheduler"):
+    with pytest.raises(InputError, match=r"sampler\.scheduler: .* holds for the pipeline's own, the recipe says DDPMScheduler"):
         run_stage("finetune", recipe(sampler={"steps": 5, "scheduler": "DDPMScheduler"}), source=source, **ENGINE)
+    sized = run_stage("calibrate", recipe(sampler={"steps": 5, "size": [8, 8]}), **ENGINE).artifact
+    assert run_stage("finetune", recipe(sampler={"steps": 5, "size": [8, 8]}), source=sized, **ENGINE).status == "done"
+    with pytest.raises(InputError, match=r"sampler\.size: .* holds for \[8, 8\], the recipe says \[8, 16\]"):
+        run_stage("finetune", recipe(sampler={"steps": 5, "size": [8, 16]}), source=sized, **ENGINE)
 
 
 def test_another_model_is_refused_with_both_names() -> None:
@@ -206,6 +210,12 @@ def test_smoke_artifacts_do_not_mix_with_real_ones() -> None:
     assert source.folder.parent.name == "r-smoke"
     with pytest.raises(InputError, match="made with --smoke and this run is without it"):
         run_stage("finetune", recipe(), source=source, **ENGINE)
+
+
+def test_evaluate_alone_judges_the_base_model() -> None:
+    alone = recipe(calibrate=None, finetune=None, export=None)
+    assert run_stage("evaluate", alone, **ENGINE).artifact.manifest.parents == []
+    assert run_recipe(alone, **ENGINE)[0].status == "cached"
 
 
 # --- out

@@ -57,8 +57,7 @@ def _stage(name, spec, source, ctx):
         units.append(json.loads(unit.read_text()))
         ctx.events.progress(name, index + 1, UNITS, "fake")
     (ctx.payload / "result.json").write_text(json.dumps(units))
-    sampler = ctx.recipe.sampler.model_dump(mode="json")
-    return StageResult(sampler={**sampler, "scheduler": sampler["scheduler"] or "DDIMScheduler"}, base_model=BASE, metrics={"units": UNITS})
+    return StageResult(sampler={"class": "DDIMScheduler"}, base_model=BASE, metrics={"units": UNITS})
 
 
 def _trace(text):

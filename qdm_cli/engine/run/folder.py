@@ -110,10 +110,11 @@ class StageFolder:
             write_json(self.partial / "state.json", {**known, "status": status, "reason": reason, "started": started})
 
     def prepare(self, *, fresh: bool) -> bool:
-        """Make `.partial` with `payload` and `resume`; True = what an earlier run of the same key left is still there."""
+        """Make `.partial` with an empty `payload` and with `resume`; True = what an earlier run of the same key left is still there."""
         with writing(self.partial):
             if fresh or self.state().get("key") != self.key:
                 shutil.rmtree(self.partial, ignore_errors=True)
+            shutil.rmtree(self.partial / "payload", ignore_errors=True)
             for name in ("payload", "resume"):
                 (self.partial / name).mkdir(parents=True, exist_ok=True)
             for leftover in list(self.partial.rglob("*.tmp")):

@@ -64,10 +64,11 @@ def check_source(source: Artifact, recipe: Recipe, *, base_model: str, smoke: bo
             f"model.id: {source.folder} was made from {was}, the recipe names {recipe.model.id} ({base_model[:12]})", path="model.id"
         )
     for name, value in recipe.sampler.model_dump(mode="json").items():
-        held = manifest.sampler.get(name)
-        if value is not None and held is not None and _plain(held) != _plain(value):
-            raise InputError(f"sampler.{name}: {source.folder} holds for {held}, the recipe says {value}", path=f"sampler.{name}")
+        held = manifest.sampler.get(name, value)
+        if held != value:
+            message = f"sampler.{name}: {source.folder} holds for {_shown(held)}, the recipe says {_shown(value)}"
+            raise InputError(message, path=f"sampler.{name}")
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
+def _shown(value: Any) -> str:
+    return "the pipeline's own" if value is None else str(value)

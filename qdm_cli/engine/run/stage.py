@@ -141,13 +141,13 @@ class Run:
         return stage_folder(stage, key, root=self.root, out=out)
 
     def implied_source(self, stage: str) -> Artifact | None:
-        """The finished artifact that this recipe makes just before `stage`; None = calibrate, which needs none.
+        """The finished artifact that this recipe makes just before `stage`.
+
+        None = there is none to be made: `calibrate` starts from the base model, and `evaluate` alone judges it.
 
         Raises:
             InputError: it is not there; the message has the command that makes it.
         """
-        if stage == "calibrate":
-            return None
         for name in PREDECESSORS[stage]:
             if getattr(self.recipe, name) is None:
                 continue
@@ -156,6 +156,8 @@ class Run:
                 command = " ".join(["qdm", name, *self.options.recipe_args, *(["--smoke"] if self.options.smoke else [])])
                 raise InputError(f"{stage} needs the result of {name}, which is not in {self.root}. Run: {command}   (or give --from DIR)")
             return artifact
+        if stage in ("calibrate", "evaluate"):
+            return None
         raise InputError(f"{stage} has nothing to work on: the recipe has no {' or '.join(PREDECESSORS[stage])}; give --from DIR")
 
     def execute(self, stage: str, source: Artifact | None, out: Path | None) -> RunOutcome:
@@ -222,7 +224,7 @@ class Run:
         inherited = source.manifest if source is not None else None
         parents = [Parent(path=str(source.folder), digest=source.manifest.digest), *source.manifest.parents] if source is not None else []
         base = {"id": self.recipe.model.id, **(inherited.base_model if inherited else {}), **result.base_model, "digest": self.base_model}
-        sampler = result.sampler or (inherited.sampler if inherited else {})
+        sampler = {**result.sampler, **resolved["sampler"]}  # as the recipe says it, because the next stage compares it with a recipe
         return Manifest(
             schema=1,
             kind=KINDS[stage],  # type: ignore[arg-type]
