@@ -92,7 +92,8 @@ def as_json(value: Any, indent: int | None = None) -> str:
 def problem_line(problem: Problem) -> str:
     """`file:line:column  dotted.path: message`, without the parts that are unknown."""
     head = f"{problem.where}  " if problem.where else ""
-    return head + (f"{problem.path}: " if problem.path else "") + problem.message
+    named = problem.path and not problem.message.startswith(problem.path)
+    return head + (f"{problem.path}: " if named else "") + problem.message
 
 
 @dataclass

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qdm_cli.commands._common import Session
-from qdm_cli.engine.errors import InputError
+from qdm_cli.engine.errors import InputError, OutOfMemory, QdmError, RecipeError
 from qdm_cli.report import Result
 
 if TYPE_CHECKING:
@@ -63,8 +65,48 @@ def stage_command(
         return dry_run_of(ctx, recipe, overrides)
     from qdm_cli.engine.run import run_stage
 
-    outcome = run_stage(stage, adapted, source=parent, out=out, **run_options(session, loaded, (recipe, *overrides)))
+    with explained(session, loaded, adapted):
+        outcome = run_stage(stage, adapted, source=parent, out=out, **run_options(session, loaded, (recipe, *overrides)))
     return outcome_result([outcome])
+
+
+@contextmanager
+def explained(session: Session, loaded: LoadedRecipe, recipe: Recipe) -> Iterator[None]:
+    """Give errors about a setting its position in the recipe, and those about memory the plan's estimate.
+
+    Raises:
+        OutOfMemory: before anything runs, where `device.max_cpu` is set and the estimate exceeds it.
+    """
+    if recipe.device.max_cpu is not None:
+        _refuse_too_large(session, recipe)
+    try:
+        yield
+    except OutOfMemory as error:
+        stage = (error.problems[0].path or "").split(".")[0]
+        raise OutOfMemory(f"{error}{_estimate(session, recipe, stage)}", path=error.problems[0].path) from error
+    except InputError as error:
+        if isinstance(error, RecipeError) or not all(problem.path for problem in error.problems):
+            raise
+        raise loaded.placed(error) from error
+
+
+def _refuse_too_large(session: Session, recipe: Recipe) -> None:
+    from qdm_cli.engine.plan import make_plan
+
+    for failure in make_plan(recipe, offline=session.offline, smoke=session.smoke).failures:
+        if failure["exit_code"] == OutOfMemory.exit_code:
+            raise OutOfMemory(str(failure["message"]))
+
+
+def _estimate(session: Session, recipe: Recipe, stage: str) -> str:
+    """` (qdm plan estimates 3.1 GB)`, or nothing where the plan has none."""
+    from qdm_cli.engine.plan import make_plan
+
+    try:
+        peak = make_plan(recipe, offline=session.offline, smoke=session.smoke).memory[stage]["peak"]
+    except (QdmError, KeyError):
+        return ""
+    return f" (qdm plan estimates {peak / 1e9:.1f} GB)"
 
 
 def load(session: Session, recipe: str, overrides: list[str]) -> tuple[LoadedRecipe, Recipe]:

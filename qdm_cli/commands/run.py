@@ -15,6 +15,7 @@ from qdm_cli.commands._stages import (
     SetOption,
     complete_recipe,
     dry_run_of,
+    explained,
     load,
     outcome_result,
     run_options,
@@ -60,7 +61,8 @@ def _chain(ctx: typer.Context, recipes: list[str], changes: list[str], *, source
     loaded = [(name, *load(session, name, changes)) for name in recipes]
     outcomes: list[RunOutcome] = []
     for name, given, recipe in loaded:
-        outcomes += run_recipe(recipe, source=artifact, out=out, **run_options(session, given, (name, *changes)))
+        with explained(session, given, recipe):
+            outcomes += run_recipe(recipe, source=artifact, out=out, **run_options(session, given, (name, *changes)))
         artifact = next((o.artifact for o in reversed(outcomes) if o.stage != "evaluate"), artifact)
     return outcome_result(outcomes)
 

@@ -66,4 +66,4 @@ def _memory_message(stage: str, recipe: Recipe, device: str) -> str:
         value = value.get(part) if isinstance(value, dict) else None
     peak = peak_bytes(device)["gpu" if device.startswith("cuda") else "cpu"] / 1e9
     advice = f"lower {setting} (now {value})" if isinstance(value, int) else f"set {setting} to model or group (now {value})"
-    return f"{stage}: out of memory on {device} with {peak:.1f} GB in use; {advice}. `qdm plan` shows the estimate"
+    return f"{stage}: out of memory on {device} with {peak:.1f} GB in use; {advice}"
