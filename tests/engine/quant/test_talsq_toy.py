@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.context import RunContext
+from qdm_cli.engine.errors import GateFailed
 from qdm_cli.engine.methods.efficientdm import EfficientDMConfig, LearningRates, efficientdm
 from qdm_cli.engine.quant.calibration import RangeRule, code_layer
 from qdm_cli.engine.quant.distillation import Trajectories
@@ -120,3 +121,27 @@ def test_qalora_on_top_lowers_the_error(toy, tmp_path: Path):
     trained, metrics = efficientdm(toy, cfg, RunContext(recipe=recipe, work=tmp_path), state=start, trajectories=trajectories)
     assert metrics["loss_last"] < metrics["loss_first"]
     assert error(toy, trained) < 0.8 * error(toy, start)
+
+
+def test_divergence_stops_the_training_and_names_a_layer(toy, tmp_path: Path):
+    (tmp_path / "resume").mkdir()
+    recipe = Recipe.model_validate({"model": {"id": "tiny:ddpm"}})
+    cfg = EfficientDMConfig(iterations=400, batch_size=64, lr=LearningRates(activation_scale=2.0), diverge_factor=2.0)
+    trajectories = Trajectories(run=lambda pool: trajectory(toy, seed=100 + pool), order="none", guidance=1.0)
+    with pytest.raises(GateFailed, match=r"diverged.*hidden\.\d"):
+        efficientdm(toy, cfg, RunContext(recipe=recipe, work=tmp_path), state=calibrated(toy, True), trajectories=trajectories)
+
+
+@pytest.mark.parametrize("order", ["trajectory", "shuffled"])
+def test_training_rows_of_another_step_count_leave_a_table_for_each(toy, tmp_path: Path, order):
+    """Deployment reads the nearest trained row: 10 training steps serve 20."""
+    (tmp_path / "resume").mkdir()
+    recipe = Recipe.model_validate({"model": {"id": "tiny:ddpm"}})
+    cfg = EfficientDMConfig(iterations=5, batch_size=8, order=order, lr=LearningRates(activation_scale=0.0, adapter_divisor=1e9))
+    half = Trajectories(run=lambda pool: trajectory(toy, seed=100 + pool, count=8)[::2], order="none", guidance=1.0)
+    start = calibrated(toy, True)
+    trained, _ = efficientdm(toy, cfg, RunContext(recipe=recipe, work=tmp_path), state=start, trajectories=half)
+    assert trained.step_keys.tolist() == sorted(TIMES[::2])
+    rows = [start.step_keys.tolist().index(t) for t in sorted(TIMES[::2])]
+    for name, layer in trained.layers.items():
+        assert torch.allclose(layer.act_scale, start.layers[name].act_scale[rows], rtol=1e-5)
