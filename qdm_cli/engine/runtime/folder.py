@@ -100,6 +100,8 @@ def write_component(folder: Path, denoiser: Any, tensors: Tensors, quantization_
 
 def write_weights(folder: Path, tensors: Tensors, shard_size: str = SHARD_SIZE) -> None:
     """Write safetensors files and, when there are several, their index."""
+    for stale in folder.glob(f"{WEIGHTS}*.safetensors*"):  # of an interrupted export, perhaps in more shards
+        stale.unlink()
     stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
     split = split_torch_state_dict_into_shards(stored, max_shard_size=shard_size, filename_pattern=WEIGHTS + "{suffix}.safetensors")
     for filename, names in split.filename_to_tensors.items():
