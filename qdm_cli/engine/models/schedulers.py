@@ -12,6 +12,7 @@ from qdm_cli.engine.errors import InputError
 
 # unconditional pixel pipelines fix their scheduler in code: DDIM's call has eta, DDPM's call has none
 _PIXEL = {"DDIMPipeline", "DDPMPipeline"}
+_UNSCALED = _PIXEL | {"DiTPipeline"}
 
 
 def scheduler_class(name: str) -> Any:
@@ -48,8 +49,11 @@ def with_scheduler(pipeline: Any, name: str | None) -> Any:
     wanted = scheduler_class(name)
     scheduler = wanted.from_config(pipeline.scheduler.config, **_flow_options(pipeline, wanted))
     current = type(pipeline).__name__
+    if current in _UNSCALED and float(scheduler.init_noise_sigma) != 1.0:
+        raise _misfit(pipeline, wanted, "it starts from scaled noise, which this pipeline does not make; DDIMScheduler fits")
     if current in _PIXEL:
-        _check_pixel(wanted, scheduler)
+        if "generator" not in inspect.signature(scheduler.step).parameters:
+            raise _misfit(pipeline, wanted, "it takes no noise generator; DDIMScheduler and DDPMScheduler do")
         return getattr(diffusers, pipeline_class_for(current, name))(unet=pipeline.unet, scheduler=scheduler)
     pipeline.scheduler = scheduler
     return pipeline
@@ -58,6 +62,8 @@ def with_scheduler(pipeline: Any, name: str | None) -> Any:
 def _flow_options(pipeline: Any, wanted: Any) -> dict[str, Any]:
     """Options that make `wanted` a flow-matching sampler where the model predicts velocities of a flow."""
     is_flow = type(pipeline.scheduler).__name__.startswith("FlowMatch")
+    if pipeline.scheduler.config.get("use_dynamic_shifting") and "mu" not in inspect.signature(wanted.set_timesteps).parameters:
+        raise _misfit(pipeline, wanted, "it cannot shift its timesteps by the image size; use FlowMatchEulerDiscreteScheduler")
     if wanted.__name__.startswith("FlowMatch"):
         if not is_flow:
             raise _misfit(pipeline, wanted, "it samples flow-matching models, and this model predicts noise")
@@ -72,10 +78,3 @@ def _flow_options(pipeline: Any, wanted: Any) -> dict[str, Any]:
 def _misfit(pipeline: Any, wanted: Any, why: str) -> InputError:
     text = f"sampler.scheduler: {wanted.__name__} does not fit {type(pipeline).__name__}: {why}."
     return InputError(text, path="sampler.scheduler")
-
-
-def _check_pixel(wanted: Any, scheduler: Any) -> None:
-    """`DDPMPipeline` neither scales its noise nor its inputs."""
-    if float(scheduler.init_noise_sigma) != 1.0 or "generator" not in inspect.signature(scheduler.step).parameters:
-        text = f"sampler.scheduler: {wanted.__name__} does not fit an unconditional pixel model; DDIMScheduler and DDPMScheduler do."
-        raise InputError(text, path="sampler.scheduler")

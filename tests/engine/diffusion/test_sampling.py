@@ -159,6 +159,9 @@ def seen_timesteps(model: LoadedPipeline, sampler: SamplerSpec) -> list[float]:
         ("sd", "HeunDiscreteScheduler"),
         ("sd", "DPMSolverMultistepScheduler"),
         ("sd3", "FlowMatchHeunDiscreteScheduler"),
+        ("sd3", "DPMSolverMultistepScheduler"),
+        ("flux", "UniPCMultistepScheduler"),
+        ("dit", "DPMSolverMultistepScheduler"),
     ],
 )
 def test_step_timesteps_are_those_of_a_real_run(name: str, scheduler: str | None) -> None:

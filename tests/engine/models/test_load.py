@@ -188,6 +188,14 @@ def test_wrong_component_is_refused_with_the_choice() -> None:
         find_denoiser(build_tiny("ddpm"), "transformer")
 
 
+def test_builtin_model_loads_in_float32() -> None:
+    loaded = load("builtin:fashion-unet32")
+    assert loaded.identity["class"] == "DDIMPipeline"
+    assert loaded.identity["license"] == "apache-2.0"
+    assert loaded.denoiser.config.in_channels == 1
+    assert {str(parameter.dtype) for parameter in loaded.denoiser.parameters()} == {"torch.float32"}
+
+
 def test_builtin_names() -> None:
     with pytest.raises(InputError, match="builtin:fashion-unet32"):
         builtin_folder("fashion-unet")
@@ -271,7 +279,14 @@ def test_pixel_models_get_the_pipeline_of_their_sampler(scheduler: str, expected
 
 @pytest.mark.parametrize(
     ("model", "scheduler"),
-    [("tiny:ddpm", "EulerDiscreteScheduler"), ("tiny:flux", "DDIMScheduler"), ("tiny:sd", "FlowMatchEulerDiscreteScheduler")],
+    [
+        ("tiny:ddpm", "EulerDiscreteScheduler"),
+        ("tiny:dit", "EulerDiscreteScheduler"),
+        ("tiny:flux", "DDIMScheduler"),
+        ("tiny:flux", "FlowMatchHeunDiscreteScheduler"),
+        ("tiny:sd3", "EulerDiscreteScheduler"),
+        ("tiny:sd", "FlowMatchEulerDiscreteScheduler"),
+    ],
 )
 def test_unfit_scheduler_is_refused(model: str, scheduler: str) -> None:
     with pytest.raises(InputError, match=f"{scheduler} does not fit"):
