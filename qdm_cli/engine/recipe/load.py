@@ -59,10 +59,14 @@ class LoadedRecipe:
 
     def placed(self, error: InputError) -> RecipeError:
         """An error about this recipe that was found later, with the positions of the settings that it names."""
-        found = [
-            Problem(p.message, p.where or (self.where(p.path) if p.path else None) or self.file, p.path, p.hint) for p in error.problems
-        ]
-        return RecipeError([Problem(p.message.removeprefix(f"{p.path}: "), p.where, p.path, p.hint) for p in found])
+        return RecipeError([self._placed(problem) for problem in error.problems])
+
+    def _placed(self, problem: Problem) -> Problem:
+        """Messages of the engine start with the setting; here it has a column of its own."""
+        named, _, rest = problem.message.partition(": ")
+        message = rest if problem.path and rest and problem.path.startswith(named) else problem.message
+        where = problem.where or (self.where(problem.path) if problem.path else None) or self.file
+        return Problem(message, where, problem.path, problem.hint)
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, stdin: TextIO | None = None) -> LoadedRecipe:
