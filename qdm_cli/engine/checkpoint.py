@@ -37,11 +37,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any] | None = None) -> None:
     """Write a safetensors file through a temporary name, fsync, rename: a reader never sees half a file.
 
-    Zero-dimensional and non-contiguous tensors are accepted; `meta` is stored as one JSON string.
+    Zero-dimensional and non-contiguous tensors are accepted; `meta` is stored as one JSON string, under one key: safetensors writes
+    several keys in random order, and equal results must be equal files.
     """
     payload = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     temporary = path.with_name(path.name + ".tmp")
-    save_file(payload, temporary, metadata={"format": "pt", "meta": json.dumps(meta or {})})
+    save_file(payload, temporary, metadata={"meta": json.dumps(meta or {})})
     with open(temporary, "rb") as handle:
         os.fsync(handle.fileno())
     os.replace(temporary, path)
