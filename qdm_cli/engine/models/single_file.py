@@ -9,7 +9,6 @@ import diffusers
 import huggingface_hub
 import torch
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
-from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 
 from qdm_cli.engine.errors import EnvironmentProblem, InputError
@@ -44,7 +43,8 @@ def family_folder(path: Path, *, offline: bool) -> PipelineFolder:
     if folder is None and not offline:
         try:
             folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(_CONFIGS)))
-        except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, OSError):
+        except Exception:
+            # the classes of network errors belong to whatever HTTP library the hub client uses
             folder = None
     if folder is None:
         raise EnvironmentProblem(

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from qdm_cli.engine.recipe.schema import ModelSpec
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_UNREACHABLE = (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError)
 BUILTIN = ("fashion-unet32",)
 
 
@@ -105,7 +104,8 @@ def resolve_hub(name: str, revision: str | None, *, offline: bool) -> Source:
             return Source("hub", name, path=cached_snapshot(name, info.sha), commit=info.sha, license=card.get("license"))
         except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
             raise missing_on_hub(name, revision, error) from error
-        except _UNREACHABLE:
+        except Exception:
+            # no route, a proxy's page, offline mode: their classes belong to whatever HTTP library the hub client uses
             offline = True
     folder = cached_snapshot(name, revision)
     if folder is None:
@@ -151,5 +151,5 @@ def hub_file(source: Source, filename: str, *, offline: bool) -> Path | None:
         raise not_available(source.id, f"{filename} of") from error
     except hub_errors.EntryNotFoundError:
         return None
-    except _UNREACHABLE as error:
+    except Exception as error:
         raise not_available(source.id, f"{filename} of") from error

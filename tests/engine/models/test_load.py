@@ -211,6 +211,21 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
+@pytest.fixture
+def no_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Online as far as the hub client knows, with a hub at a port where nobody listens."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("no_route")
+def test_hub_that_does_not_answer(hub_cache: Path, ddpm_folder: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=rf"{HUB_ID}.*cannot be reached"):
+        load(HUB_ID, offline=False)
+    cached_model(hub_cache, ddpm_folder)
+    assert load(HUB_ID, offline=False).identity["revision"] == COMMIT
+
+
 def cached_model(cache: Path, folder: Path) -> Path:
     """`folder` as commit COMMIT of HUB_ID in a Hugging Face cache; returns the snapshot."""
     home = cache / f"models--{HUB_ID.replace('/', '--')}"
