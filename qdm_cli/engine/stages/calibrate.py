@@ -15,6 +15,9 @@ from qdm_cli.engine.quant.report import layer_rows, weight_metrics
 from qdm_cli.engine.quant.rules import resolve
 from qdm_cli.engine.quant.state import write_state
 
+CALIBRATION_START = 1_000_000
+"""Index of the first calibration sample: its noise is never that of an evaluated image."""
+
 if TYPE_CHECKING:
     from qdm_cli.engine.artifact import Artifact
     from qdm_cli.engine.context import RunContext
@@ -65,9 +68,10 @@ def capture(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Path:
                     loaded,
                     recipe.sampler,
                     count=count,
-                    prompts=prompts[start : start + count],
-                    seed=recipe.seed + start,
+                    prompts=prompts,
+                    seed=recipe.seed,
                     batch=count,
+                    start=CALIBRATION_START + start,
                     output="latent",
                 )
             writer.close()

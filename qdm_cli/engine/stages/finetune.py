@@ -17,6 +17,9 @@ from qdm_cli.engine.quant.distillation import Call, Trajectories, write_tensorbo
 from qdm_cli.engine.quant.report import layer_rows, weight_metrics
 from qdm_cli.engine.quant.state import read_state, write_state
 
+TRAINING_START = 2_000_000
+"""Index of the first training sample: its noise is that of no calibration sample and of no evaluated image."""
+
 if TYPE_CHECKING:
     from qdm_cli.engine.artifact import Artifact
     from qdm_cli.engine.context import RunContext
@@ -56,10 +59,10 @@ def finetune(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResult
 
 
 def trajectories_of(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Trajectories:
-    """Full-precision calls of the training sampler. Pool k has seeds of its own, apart from those of evaluation."""
+    """Full-precision calls of the training sampler; every pool has noise of its own."""
     sampler = train_sampler(ctx.recipe.sampler, spec)
     count = spec.batch_size
-    offset = 1_000_000 + ctx.recipe.seed
+    prompts = prompts_for("builtin:captions-128", 128)
 
     def run(pool: int) -> list[Call]:
         calls: list[Call] = []
@@ -67,9 +70,9 @@ def trajectories_of(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Traje
         def keep(arguments: dict[str, Any], output: Any) -> None:
             calls.append((arguments, output.detach().clone()))
 
-        prompts = prompts_for("builtin:captions-128", count * (pool + 1))[-count:]
+        start = TRAINING_START + pool * count
         with captured_calls(loaded.denoiser, keep):
-            generate(loaded, sampler, count=count, prompts=prompts, seed=offset + pool * count, batch=count, output="latent")
+            generate(loaded, sampler, count=count, prompts=prompts, seed=ctx.recipe.seed, batch=count, start=start, output="latent")
         return calls
 
     first = sample_tensor(run(0)[0][0])

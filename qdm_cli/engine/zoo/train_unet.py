@@ -48,6 +48,11 @@ def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def batch_size(step: int, total: int, first: int) -> int:
+    """`first` for two thirds of the updates, half of it for the last third, where the small rate averages the noise anyway."""
+    return first if step < total * 2 / 3 else first // 2
+
+
 def cpu_has_bf16() -> bool:
     """bf16 autocast on a CPU without native bf16 is ten times slower than fp32 (measured: 433 ms against 25 ms per conv)."""
     return bool(torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
@@ -119,10 +124,9 @@ def main() -> None:
     for step in range(int(meta["step"]), args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, warmup=200)
+        batch = batch_size(step, args.steps, args.batch)
         losses.append(
-            train_step(
-                unet, images, optimizer, scheduler, step=step, batch=args.batch, seed=args.seed, device=args.device, autocast=autocast
-            )
+            train_step(unet, images, optimizer, scheduler, step=step, batch=batch, seed=args.seed, device=args.device, autocast=autocast)
         )
         ema.step(unet.parameters())
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
