@@ -53,8 +53,8 @@ def _show(console: Console, artifact: Artifact, data: dict[str, Any], *, layers:
     for title, numbers in (("bytes by part", manifest.bytes_by_part), ("metrics", manifest.metrics), ("seconds", manifest.seconds)):
         if numbers:
             table = Table("", title, box=None, pad_edge=False)
-            for name, value in numbers.items():
-                table.add_row(f"  {name}", _number(value))
+            for name, number in numbers.items():
+                table.add_row(f"  {name}", _number(number))
             console.print(table)
     if layers:
         table = Table(*_COLUMNS, box=None, pad_edge=False)
