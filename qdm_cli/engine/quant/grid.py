@@ -13,6 +13,8 @@ import torch
 SMALLEST_SCALE = 1e-8
 MSE_CANDIDATES = 80
 MSE_POWER = 2.4
+MSE_BLOCK = 1 << 18
+"""Values that one block of the search holds: 1 MiB of f32."""
 RangeMethod = Literal["max", "mse", "percentile"]
 
 
@@ -153,18 +155,30 @@ def _percentile_range(rows: torch.Tensor, percentile: float) -> tuple[torch.Tens
 
 
 def _mse_search(rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor, grid: IntGrid, symmetric: bool) -> QParams:
-    best = qparams_from_range(low, high, grid, symmetric=symmetric)
-    best_error = torch.full_like(low, float("inf"))
-    for index in range(MSE_CANDIDATES):
-        shrink = 1 - 0.01 * index
-        params = qparams_from_range(low * shrink, high * shrink, grid, symmetric=symmetric)
-        scale, zero = params.scale[:, None], params.zero_point[:, None]
-        restored = torch.round((rows * scale.reciprocal()).clamp(grid.lo - zero, grid.hi - zero)) * scale
-        error = (rows - restored).abs_().pow_(MSE_POWER).mean(1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = QParams(torch.where(better, params.scale, best.scale), torch.where(better, params.zero_point, best.zero_point))
-    return best
+    """The best of 80 shrunk ranges of each row; rows and candidates are taken in blocks that fit a cache."""
+    shrinks = 1 - 0.01 * torch.arange(MSE_CANDIDATES, dtype=torch.float32, device=rows.device)
+    block = max(1, MSE_BLOCK // rows.shape[1])
+    best = []
+    for first in range(0, len(rows), block):
+        part = slice(first, first + block)
+        params = qparams_from_range(low[part, None] * shrinks, high[part, None] * shrinks, grid, symmetric=symmetric)
+        count = max(1, block // len(rows[part]))
+        errors = [
+            _power_error(rows[part], params.scale[:, start : start + count], params.zero_point[:, start : start + count], grid)
+            for start in range(0, MSE_CANDIDATES, count)
+        ]
+        pick = torch.cat(errors, 1).argmin(1, keepdim=True)
+        best.append((params.scale.gather(1, pick)[:, 0], params.zero_point.gather(1, pick)[:, 0]))
+    return QParams(torch.cat([scale for scale, _ in best]), torch.cat([zero for _, zero in best]))
+
+
+def _power_error(rows: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, grid: IntGrid) -> torch.Tensor:
+    """Mean |x - x_hat|^2.4 of [R, n] values under [R, C] candidates: [R, C]."""
+    scale, zero_point = scale[:, :, None], zero_point[:, :, None]
+    error = rows[:, None] * scale.reciprocal()
+    error.clamp_(grid.lo - zero_point, grid.hi - zero_point).round_().mul_(scale).sub_(rows[:, None])
+    # exp(2.4 log e) takes a fifth of the time of pow; log 0 = -inf gives 0 again
+    return error.abs_().log_().mul_(MSE_POWER).exp_().mean(2)
 
 
 def centred_codes(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, grid: IntGrid) -> torch.Tensor:
