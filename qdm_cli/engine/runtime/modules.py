@@ -50,6 +50,7 @@ class PackedLayer(nn.Module):
         self.step = StepContext()
         self._prepared: Any = None
         self._row_sums: Tensor | None = None
+        self._floats: Tensor | None = None
         table = spec.tensors()
         for name in _BUFFERS:
             entry = table.get(name)
@@ -94,6 +95,13 @@ class PackedLayer(nn.Module):
             zero = torch.zeros_like(self.weight_scale, dtype=torch.int8) if zero is None else zero
             self._prepared = self._prepare(self.codes(), self.weight_scale, zero, self._buffers["bias"])
         return self._prepared
+
+    @property
+    def float_weight(self) -> Tensor:
+        """f32 operand of layers without an integer kernel, expanded once: unpacking takes longer than a small layer's product."""
+        if self._floats is None:
+            self._floats = self.centred_weight() if self.spec.group is None else self.dequantized_weight()
+        return self._floats
 
     @property
     def row_sums(self) -> Tensor:
@@ -144,11 +152,11 @@ class PackedLayer(nn.Module):
                 x_scale, zero = self._activation(x)
                 centred = centred_codes(centred, x_scale, zero.float(), IntGrid(self.spec.bits_a))
             if self.spec.group is not None:
-                y = self._apply_op(centred, self.dequantized_weight())
+                y = self._apply_op(centred, self.float_weight)
                 y = y if x_scale is None else y * x_scale
             else:
                 scale = self._per_output(self.weight_scale)
-                y = self._apply_op(centred, self.centred_weight()) * (scale if x_scale is None else x_scale * scale)
+                y = self._apply_op(centred, self.float_weight) * (scale if x_scale is None else x_scale * scale)
             bias = self._buffers["bias"]
             return (y if bias is None else y + self._per_output(bias)).to(x.dtype)
 
@@ -201,10 +209,10 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own backend layout: oneDNN's packed tensors cannot be copied."""
-        return {**self.__dict__, "_prepared": None, "_row_sums": None}
+        return {**self.__dict__, "_prepared": None, "_row_sums": None, "_floats": None}
 
     def _forget_(self) -> None:
-        self._prepared = self._row_sums = None
+        self._prepared = self._row_sums = self._floats = None
 
 
 class PackedLinear(PackedLayer):
