@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import time
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,12 @@ def trajectories_of(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Traje
     count = spec.batch_size
     prompts = prompts_for("builtin:captions-128", 128)
 
+    latest: dict[int, list[Call]] = {}
+
     def run(pool: int) -> list[Call]:
+        # the first pool is asked for three times: its guidance, its timesteps, its training
+        if pool in latest:
+            return latest[pool]
         calls: list[Call] = []
 
         def keep(arguments: dict[str, Any], output: Any) -> None:
@@ -73,11 +79,21 @@ def trajectories_of(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Traje
         start = TRAINING_START + pool * count
         with captured_calls(loaded.denoiser, keep):
             generate(loaded, sampler, count=count, prompts=prompts, seed=ctx.recipe.seed, batch=count, start=start, output="latent")
+        latest.clear()
+        latest[pool] = calls
         return calls
 
     first = sample_tensor(run(0)[0][0])
     order = guidance_order(type(loaded.pipeline).__name__, int(first.shape[0]), count)
-    return Trajectories(run=run, order=order, guidance=sampler.guidance if sampler.guidance is not None else 7.5)
+    return Trajectories(run=run, order=order, guidance=guidance_scale(loaded.pipeline, sampler))
+
+
+def guidance_scale(pipeline: Any, sampler: SamplerSpec) -> float:
+    """Scale of the guided noise: the sampler's, else the pipeline's own default; 1 where a pipeline has none."""
+    if sampler.guidance is not None:
+        return sampler.guidance
+    parameter = inspect.signature(pipeline.__call__).parameters.get("guidance_scale")
+    return float(parameter.default) if parameter is not None else 1.0
 
 
 def train_sampler(deployed: SamplerSpec, spec: Any) -> SamplerSpec:
