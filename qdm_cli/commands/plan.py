@@ -98,12 +98,11 @@ def _calls(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _memory(made: Plan) -> list[tuple[str, ...]]:
-    return [
-        (stage if part == "peak" else "", part, size(count))
-        for stage, parts in made.memory.items()
-        for part, count in parts.items()
-        if count
-    ]
+    rows = []
+    for stage, parts in made.memory.items():
+        rows.append((stage, "peak", size(parts["peak"])))
+        rows += [("", part, size(count)) for part, count in parts.items() if count and part != "peak"]
+    return rows
 
 
 def _missing(item: Any) -> tuple[str, ...]:

@@ -19,15 +19,15 @@ def _complete(incomplete: str) -> list[str]:
 
 FieldArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[FIELD]", help="A setting such as sampler.steps; or recipe, manifest, metrics.", autocompletion=_complete),
+    typer.Argument(metavar="[FIELD]", help="A setting such as sampler.steps; or recipe, manifest, metrics, output.", autocompletion=_complete),
 ]
 
 
 def schema(field: FieldArgument = None) -> Result:
-    """The JSON schema of recipes, manifests or metrics; or one setting: what it is, its type and its default."""
+    """The JSON schema of recipes, manifests, metrics or of what --format json prints; or one setting: what it is, its type and its default."""
     from qdm_cli.engine.recipe.explain import find_setting
 
-    if field in (None, "recipe", "manifest", "metrics"):
+    if field in (None, "recipe", "manifest", "metrics", "output"):
         return Result(data=_json_schema(field or "recipe"), raw=True)
     found = find_setting(str(field))
     return Result(data=[_facts(item) for item in found], line="\n\n".join(_text(item) for item in found))
@@ -42,6 +42,10 @@ def _json_schema(kind: str) -> dict[str, Any]:
         from qdm_cli.engine.artifact import Manifest
 
         return {"$schema": SCHEMA_URL, **Manifest.model_json_schema(by_alias=True)}
+    if kind == "output":
+        from qdm_cli.commands._outputs import OUTPUT
+
+        return {"$schema": SCHEMA_URL, **OUTPUT.json_schema(by_alias=True)}
     from qdm_cli.engine.evaluation.result import Evaluation
 
     return {"$schema": SCHEMA_URL, **Evaluation.model_json_schema(by_alias=True)}

@@ -125,6 +125,8 @@ class TestSchema:
         assert schema["additionalProperties"] is False
         assert "extends" in schema["properties"]
         assert schema["properties"]["seed"]["description"] == "Seed of everything random."
+        assert {"type": "string"} in schema["$defs"]["DeviceSpec"]["properties"]["max_cpu"]["anyOf"]
+        assert "fidelity" in schema["$defs"]["EvaluateSpec"]["properties"]["suites"]["items"]["anyOf"][1]["enum"]
         assert printed(capsys, "schema", "--format", "json")[1].strip() == json.dumps(schema)
 
     def test_manifest_and_metrics(self, capsys: pytest.CaptureFixture[str]) -> None:

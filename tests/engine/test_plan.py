@@ -212,7 +212,7 @@ def test_memory_follows_the_settings() -> None:
     assert 2.5 < peaks(batch_size=8)["step"] / small["step"] < 4.5
     assert peaks(rank=16)["optimizer"] > 2 * small["optimizer"]
     assert peaks(ema=0.99)["optimizer"] == pytest.approx(1.5 * small["optimizer"], rel=0.01)
-    assert sum(value for name, value in small.items() if name != "peak") <= small["peak"]
+    assert sum(value for name, value in small.items() if name not in ("peak", "while loading")) <= small["peak"]
 
 
 # ---- what is missing, what will fail ---------------------------------------------------------------------------------------------------

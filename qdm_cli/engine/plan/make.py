@@ -114,7 +114,7 @@ def make_plan(recipe: Recipe, *, measure: bool = False, offline: bool = False, s
         fp16_bytes=sum(bytes_by_part(tensor_table([], denoiser, rows, "F16"), []).values()),
         rows=rows,
         calls=[_call_row(c, shapes[c.stage, c.phase], seconds.get((c.stage, c.phase))) for c in phases],
-        memory={stage: {**estimate.parts, "peak": estimate.peak} for stage, estimate in memory.items()},
+        memory={stage: estimate.to_dict() for stage, estimate in memory.items()},
         missing=missing,
         failures=[_failure(error) for error in _failures(recipe, missing, memory, offline=offline)],
     )

@@ -89,13 +89,22 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak of one stage in bytes, by part; `peak` includes `OVERHEAD`."""
+    """Peak of one stage in bytes.
+
+    Attributes:
+        parts: what is held together at the worst moment of the work.
+        loading: at the worst moment of loading, when files are mapped into memory beside the weights copied from them.
+    """
 
     parts: dict[str, int] = field(default_factory=dict)
+    loading: int = 0
 
     @property
     def peak(self) -> int:
-        return int(sum(self.parts.values()) * OVERHEAD)
+        return max(int(sum(self.parts.values()) * OVERHEAD), self.loading)
+
+    def to_dict(self) -> dict[str, int]:
+        return {**self.parts, "while loading": self.loading, "peak": self.peak}
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -190,7 +199,8 @@ def calibrate_estimate(
     # the search holds the weight, its restored form and their difference
     search = codes + 4 * largest
     step = max(capture, ranges, search + kept_values)
-    return Estimate({"weights": weight_bytes(denoiser, recipe.model.dtype), "other components": others, "step": step})
+    weights = weight_bytes(denoiser, recipe.model.dtype)
+    return Estimate({"weights": weights, "other components": others, "step": step}, loading=others + 2 * weights)
 
 
 def finetune_estimate(
@@ -207,12 +217,13 @@ def finetune_estimate(
     own = storage_bytes(t for t in tensors_of(student.denoiser) if t.untyped_storage()._cdata not in base)
     codes = sum(layer.codes.numel() for layer in state.layers.values())
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[cfg.precision]
+    weights = weight_bytes(denoiser, recipe.model.dtype)
     parts = {
-        "weights": weight_bytes(denoiser, recipe.model.dtype),
+        "weights": weights,
         "other components": others,
         "student": own + codes,
         "optimizer": moments,
         "trajectories": pool,
         "step": training_peak(student.denoiser, shape, kind),
     }
-    return Estimate(parts)
+    return Estimate(parts, loading=others + 2 * weights)

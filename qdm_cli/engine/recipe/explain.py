@@ -15,6 +15,9 @@ SCHEMA_URL = "https://json-schema.org/draft/2020-12/schema"
 def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe file, for editors: with `extends`, and with `model` optional, which may come from there."""
     schema = Recipe.model_json_schema()
+    suites = schema["$defs"]["EvaluateSpec"]["properties"]["suites"]
+    bare = {"type": "string", "enum": list(suites["items"]["discriminator"]["mapping"])}
+    suites["items"] = {"anyOf": [suites["items"], bare]}
     texts = {"type": "array", "items": {"type": "string"}}
     extends = {"anyOf": [{"type": "string"}, texts], "default": [], "description": catalogue()[0].text}
     properties = {EXTENDS: extends, **schema.pop("properties")}
