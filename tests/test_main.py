@@ -16,6 +16,7 @@ import pytest
 
 from qdm_cli import main as cli
 from qdm_cli.commands._common import GLOBALS, make_session, merged_globals
+from qdm_cli.commands._outputs import OUTPUT
 from qdm_cli.commands._stages import path_from
 from qdm_cli.engine.errors import InputError
 
@@ -46,6 +47,7 @@ class Said:
     def json(self) -> dict[str, Any]:
         assert self.out.count("\n") == 1, "JSON mode prints one object on one line"
         value: dict[str, Any] = json.loads(self.out)
+        OUTPUT.validate_python(value)
         return value
 
 
@@ -345,6 +347,16 @@ def test_help_imports_no_heavy_module() -> None:
         assert done.stdout
         assert not loaded & {"torch", "diffusers", "transformers", "numpy", "accelerate"}
     assert "pydantic" in loaded
+
+
+@pytest.mark.parametrize(
+    "line", ["ls", "validate r.yaml", "schema sampler.steps", "env", "plan r.yaml", "calibrate r.yaml --dry-run", "cp quickstart"]
+)
+def test_every_command_prints_what_the_output_schema_says(qdm: Callable[..., Said], line: str) -> None:
+    said = qdm(f"{line} --format json")
+    assert said.code == 0, said.err
+    assert said.json["command"] == line.split()[0]
+    assert qdm("schema output --format json").code == 0
 
 
 # --- inspect

@@ -19,12 +19,12 @@ def _complete(incomplete: str) -> list[str]:
 
 FieldArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[FIELD]", help="A setting such as sampler.steps; or recipe, manifest, metrics, output.", autocompletion=_complete),
+    typer.Argument(metavar="[FIELD]", help="A setting like sampler.steps; or recipe, manifest, metrics, output.", autocompletion=_complete),
 ]
 
 
 def schema(field: FieldArgument = None) -> Result:
-    """The JSON schema of recipes, manifests, metrics or of what --format json prints; or one setting: what it is, its type and its default."""
+    """The JSON schema of recipes, manifests, metrics or JSON output; or one setting: what it is, its type and its default."""
     from qdm_cli.engine.recipe.explain import find_setting
 
     if field in (None, "recipe", "manifest", "metrics", "output"):
