@@ -98,7 +98,7 @@ def _calls(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _memory(made: Plan) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for stage, parts in made.memory.items():
         rows.append((stage, "peak", size(parts["peak"])))
         rows += [("", part, size(count)) for part, count in parts.items() if count and part != "peak"]

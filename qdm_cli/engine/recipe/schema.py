@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from operator import or_
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -77,8 +78,8 @@ class ExportSpec(Spec):
 
 
 def _union(stage: str) -> Any:
-    classes = list(config_classes(stage).values())
-    union = reduce(lambda a, b: a | b, classes)
+    classes: list[Any] = list(config_classes(stage).values())
+    union = reduce(or_, classes)
     return Annotated[union, Field(discriminator="method")] if len(classes) > 1 else union
 
 

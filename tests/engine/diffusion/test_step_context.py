@@ -27,7 +27,9 @@ def denoiser():
     return model
 
 
-@pytest.mark.parametrize("order", [[951, 101, 51, 1], [1, 951, 51, 101], [951, 951, 101, 101, 1]], ids=["forward", "permuted", "two calls each"])
+@pytest.mark.parametrize(
+    "order", [[951, 101, 51, 1], [1, 951, 51, 101], [951, 951, 101, 101, 1]], ids=["forward", "permuted", "two calls each"]
+)
 def test_row_depends_on_the_timestep_alone(denoiser, order):
     expected = dict(zip(KEYS.tolist(), TABLE.tolist(), strict=True))
     x = torch.zeros(1)
