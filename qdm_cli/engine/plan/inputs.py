@@ -56,7 +56,8 @@ def _vae_factor(recipe: Recipe, *, smoke: bool) -> int:
     """Pixels per latent, from the autoencoder's configuration; 8 = what most have, where it cannot be read; 1 without one."""
     source = resolve_source(recipe.model, smoke=smoke, offline=True)
     if source.kind == "tiny":
-        return 2
+        # the tiny autoencoders have two levels, but PixArt's: its pipeline knows no image below 256 pixels
+        return 8 if source.name == "pixart" else 2
     if source.path is None or not source.path.is_dir():
         return 8
     files = [source.path / part / "config.json" for part in ("vae", "vqvae")]
