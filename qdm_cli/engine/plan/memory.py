@@ -30,11 +30,12 @@ from qdm_cli.engine.quant.state import LayerDecision, LayerState, QuantState
 if TYPE_CHECKING:
     from qdm_cli.engine.recipe.schema import Recipe
 
-OVERHEAD, FIXED = 1.1, 16_000_000
-"""Measured peak = OVERHEAD * counted bytes + FIXED bytes: fragmentation, scratch space of convolutions, what libraries load on first use.
+OVERHEAD, FIXED = 1.05, 20_000_000
+"""Peak = OVERHEAD * counted bytes + FIXED bytes: fragmentation, scratch space of convolutions, what libraries load on first use.
 
-Growth of a process on two cores, estimate / measurement in MB: builtin:fashion-unet32 calibrate 56 / 54, finetune (batch 12) 205 / 230;
-an SD 1.5 U-Net of half width (210 M) calibrate 1700 / 1741, finetune (batch 1, guided) 3485 / 3419.
+Growth of a process on two cores, estimate / measurement in MB: builtin:fashion-unet32 calibrate 58 / 54, finetune (batch 12) 199 / 230;
+a U-Net like that of SD 1.5 at half width (210 M parameters) calibrate 1704 / 1741, finetune (batch 1, guided) 3332 / 3419; at full
+width (841 M) calibrate 6750 / 6731, finetune 12344 / 11570.
 """
 ADAM_COPIES = 2
 
