@@ -120,7 +120,7 @@ def check_slip(found: tuple[Problem, ...], typo: str, right: str, others: list[s
     assert not any(name in str(problem.path) for problem in found for name in ("efficientdm", "minmax", "RoleMatch", "fidelity", "["))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_one_wrong_letter_in_any_key_is_refused_with_position_and_suggestion(data: st.DataObject) -> None:
     index, path = data.draw(st.sampled_from(PATHS))
@@ -134,7 +134,7 @@ def test_one_wrong_letter_in_any_key_is_refused_with_position_and_suggestion(dat
     check_slip(problems(text), typo, right, [*others, "extends"], re.compile(rf"<stdin>:{line}:1"))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_the_same_in_extends_and_overrides(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     index, path = data.draw(st.sampled_from([entry for entry in PATHS if entry[1][0] not in ("name", "version")]))
