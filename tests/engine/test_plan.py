@@ -208,10 +208,10 @@ def test_memory_of_a_training_step_is_what_a_process_grows_by() -> None:
 
 def test_memory_follows_the_settings() -> None:
     def peaks(**changes: Any) -> dict[str, int]:
-        return make_plan(recipe("dit", finetune={"batch_size": 2, "rank": 4, **changes})).memory["finetune"]
+        return make_plan(recipe(finetune={"batch_size": 2, "rank": 4, **changes})).memory["finetune"]
 
     small = peaks()
-    assert 2 < peaks(batch_size=8)["step"] / small["step"] < 4.5
+    assert 2.5 < peaks(batch_size=8)["step"] / small["step"] < 4.5
     assert peaks(rank=16)["optimizer"] > 2 * small["optimizer"]
     assert peaks(ema=0.99)["optimizer"] == pytest.approx(1.5 * small["optimizer"], rel=0.01)
     assert sum(value for name, value in small.items() if name not in ("peak", "while loading")) <= small["peak"]
