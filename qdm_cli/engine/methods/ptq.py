@@ -7,35 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from qdm_cli.engine.methods import method
-from qdm_cli.engine.spec import Bytes, Spec
+from qdm_cli.engine.methods._shared import CalibrateConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
     from qdm_cli.engine.context import RunContext
     from qdm_cli.engine.quant.state import QuantState
-
-
-class CalibrationData(Spec):
-    """What the full-precision pipeline is run on to make trajectories."""
-
-    prompts: str = "builtin:captions-128"
-    """`builtin:captions-128`, or a .txt file with one prompt per line; unused by pipelines without text."""
-    samples: int = Field(64, ge=1)
-    """Trajectories to generate; every denoising step of each is captured."""
-    batch: int = Field(16, ge=1)
-    """Trajectories generated at a time."""
-    shard_size: Bytes = 64 * 2**20
-    """Size at which a shard of the trajectory store is closed and flushed to disk."""
-
-
-class CalibrateConfig(Spec):
-    """Fields that every calibration method has."""
-
-    data: CalibrationData = CalibrationData()
-    """Trajectories of the full-precision model."""
-    samples_per_step: int = Field(32, ge=1)
-    """Inputs per denoising step that ranges are measured on."""
 
 
 class MinMaxConfig(CalibrateConfig):

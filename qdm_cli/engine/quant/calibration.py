@@ -20,7 +20,7 @@ from qdm_cli.engine.quant.state import LayerDecision, LayerState, QuantState
 
 if TYPE_CHECKING:
     from qdm_cli.engine.context import RunContext
-    from qdm_cli.engine.methods.ptq import CalibrateConfig
+    from qdm_cli.engine.methods._shared import CalibrateConfig
 
 VALUES_PER_STEP = 8_192
 """Values kept of each layer's input at each step: 80 candidate ranges on all of them would take hours."""
