@@ -77,6 +77,11 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, str]]] = {
         "What an artifact holds: manifest, bytes, layers.",
         ("qdm inspect runs/quickstart/latest-export", "qdm inspect my-model --layers"),
     ),
+    "diff": (
+        "qdm_cli.commands.diff:diff",
+        "What two artifacts, runs or metrics.json differ in, and which is better.",
+        ("qdm diff runs/a runs/b", 'qdm diff base/metrics.json new/metrics.json --fail-if "psnr_change<-0.5"'),
+    ),
     "env": ("qdm_cli.commands.env:env", "Versions, devices, usable kernels.", ("qdm env", "qdm env --format json")),
 }
 STAGE_COMMANDS = ("run", "calibrate", "finetune", "export", "evaluate")

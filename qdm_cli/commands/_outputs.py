@@ -55,10 +55,10 @@ class StageOutput(_Output):
 
 
 class TableOutput(_Output):
-    """`ls`, `validate`, `schema FIELD`, `inspect`, `env`."""
+    """`ls`, `validate`, `schema FIELD`, `inspect`, `diff`, `env`."""
 
     status: Literal["done", "failed"]
-    """failed = the exit code is not 0."""
+    """failed = the exit code is not 0: something does not hold, or a gate of `diff` was true."""
     result: Any
     """What the command found."""
     seconds: float

@@ -55,12 +55,15 @@ def parse_condition(text: str) -> Condition:
     return Condition(text.strip(), match[1], match[3], float(match[4]), optional=match[2] is not None)
 
 
-def parse_conditions(texts: Iterable[str], suites: Set[str], further: Iterable[str] = ()) -> list[Condition]:
+def parse_conditions(
+    texts: Iterable[str], suites: Set[str], further: Iterable[str] = (), *, path: str = "evaluate.fail_if"
+) -> list[Condition]:
     """Parse all conditions and check that the chosen suites measure what they name.
 
     Args:
         suites: names of the chosen suites.
         further: metric names that this run adds by itself (`psnr_change`).
+        path: what the conditions belong to, for messages.
 
     Raises:
         RecipeError: malformed conditions and unknown metrics, all at once.
@@ -68,14 +71,14 @@ def parse_conditions(texts: Iterable[str], suites: Set[str], further: Iterable[s
     known = [*of_suites(suites), *further]
     parsed, problems = [], []
     for index, text in enumerate(texts):
-        path = f"evaluate.fail_if.{index}"
+        place = f"{path}.{index}"
         try:
             condition = parse_condition(text)
         except InputError as error:
-            problems.append(Problem(str(error), path=path))
+            problems.append(Problem(str(error), path=place))
             continue
         if condition.metric not in known:
-            problems.append(_unknown(condition.metric, known, path))
+            problems.append(_unknown(condition.metric, known, place))
         parsed.append(condition)
     if problems:
         raise RecipeError(problems)
