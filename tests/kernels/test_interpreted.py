@@ -1,4 +1,4 @@
-"""Runs every file of `interpreted/` under triton's interpreter, each in a process of its own: the switch is read when a kernel is defined."""
+"""Runs every file of `interpreted/` under triton's interpreter, one process each: the switch is read when a kernel is defined."""
 
 from __future__ import annotations
 
