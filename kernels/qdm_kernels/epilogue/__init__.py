@@ -1,0 +1,1 @@
+"""What follows the integer sums of a layer: activation, residual, output type (README: Epilogue)."""

@@ -1,0 +1,64 @@
+"""Device functions that every Triton kernel ends with: table rows, rounding to codes, activation, low-rank branch, residual, store.
+
+Launchers pass enable_fp_fusion=False: a contracted multiply-add would differ from the contract in the last bit.
+"""
+
+import triton
+import triton.language as tl
+
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds half to even up to 2^22
+
+
+@triton.jit
+def pick(table_ptr, step_ptr, TABLE: tl.constexpr):
+    """Row of a per-step table that the device scalar names; TABLE false = the table has one entry."""
+    row = tl.load(step_ptr) if TABLE else 0
+    return tl.load(table_ptr + row)
+
+
+@triton.jit
+def to_codes(v, inverse_scale, zero_point, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """float32 -> int8 codes by the contract: half to even after the clamp. Infinities saturate, NaN becomes the lowest code."""
+    z = zero_point.to(tl.float32)
+    v = tl.minimum(tl.maximum(v * inverse_scale, LOW - z), HIGH - z)
+    return ((v + _ROUND) - _ROUND + z).to(tl.int8)
+
+
+@triton.jit
+def activate(y, ACTIVATION: tl.constexpr):
+    """`none`, `silu`, `gelu` (error function) or `gelu_tanh`, in float32."""
+    if ACTIVATION == "silu":
+        y = y / (1.0 + tl.exp(-y))
+    elif ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)): no library call
+        y = y / (1.0 + tl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y)))
+    return y
+
+
+@triton.jit
+def low_rank(down_ptr, up_ptr, offs_m, offs_n, m_ok, n_ok, RANK: tl.constexpr):
+    """Up-projection of a low-rank branch: down [M, RANK] x up [N, RANK] -> float32 [BM, BN]. RANK: a power of two, at least 16."""
+    offs_r = tl.arange(0, RANK)
+    down = tl.load(down_ptr + offs_m[:, None] * RANK + offs_r[None, :], mask=m_ok[:, None], other=0.0)
+    up = tl.load(up_ptr + offs_n[:, None] * RANK + offs_r[None, :], mask=n_ok[:, None], other=0.0).T
+    return tl.dot(down, up, out_dtype=tl.float32, input_precision="ieee")
+
+
+@triton.jit
+def store(
+    y, out_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, step_ptr, at, mask,
+    ACTIVATION: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SCALE_TABLE: tl.constexpr, ZERO_TABLE: tl.constexpr,
+):  # fmt: skip
+    """Activation, residual, then a cast to the output's dtype; an int8 output gets codes of its own scale and zero point.
+
+    y: float32 tile; at: element offsets into the row-major output and residual.
+    """
+    y = activate(y, ACTIVATION)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if out_ptr.dtype.element_ty == tl.int8:
+        inverse = tl.div_rn(1.0, pick(out_scale_ptr, step_ptr, SCALE_TABLE))
+        y = to_codes(y, inverse, pick(out_zero_ptr, step_ptr, ZERO_TABLE), -128, 127)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
