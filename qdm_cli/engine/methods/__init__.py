@@ -14,6 +14,7 @@ METHODS: dict[str, dict[str, str]] = {
         "minmax": "qdm_cli.engine.methods.ptq:MinMaxConfig",
         "mse": "qdm_cli.engine.methods.ptq:MseConfig",
         "percentile": "qdm_cli.engine.methods.ptq:PercentileConfig",
+        "qdiffusion": "qdm_cli.engine.methods.qdiffusion:QDiffusionConfig",
     },
     "finetune": {
         "efficientdm": "qdm_cli.engine.methods.efficientdm:EfficientDMConfig",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.checkpoint import read_tensors, write_tensors
-from qdm_cli.engine.diffusion.trajectories import TrajectoryStore, sample_tensor, take_samples
+from qdm_cli.engine.diffusion.trajectories import CallRecord, TrajectoryStore, sample_tensor, take_samples
 from qdm_cli.engine.errors import GateFailed
 from qdm_cli.engine.quant.grid import IntGrid, PerTensor, QParams, RangeMethod, choose_qparams, quantize
 from qdm_cli.engine.quant.modules import weight_granularity
@@ -155,9 +155,9 @@ def layer_inputs(
 ) -> dict[str, torch.Tensor]:
     """A sample of each layer's input values at one timestep, extremes included: [<= VALUES_PER_STEP + 2] f32."""
     kept: dict[str, list[torch.Tensor]] = {}
-    calls = list(_calls_at(store, timestep, samples))
+    calls = list(calls_at(store, timestep, samples))
     rng = torch.Generator().manual_seed(int(timestep * 1000) & 0x7FFFFFFF)
-    with _watched_inputs(denoiser, layers, lambda name, x: kept.setdefault(name, []).append(_thin(x, VALUES_PER_STEP // len(calls), rng))):
+    with watched_inputs(denoiser, layers, lambda name, x: kept.setdefault(name, []).append(_thin(x, VALUES_PER_STEP // len(calls), rng))):
         for arguments in calls:
             run_denoiser(denoiser, arguments)
     return {name: torch.cat(parts) for name, parts in kept.items()}
@@ -181,18 +181,29 @@ def move_arguments(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _calls_at(store: TrajectoryStore, timestep: float, samples: int) -> Iterator[dict[str, Any]]:
+def calls_at(store: TrajectoryStore, timestep: float, samples: int) -> Iterator[dict[str, Any]]:
     """Captured calls at a timestep, cut to `samples` samples in all; both halves of a guided batch keep equal shares."""
-    left = samples
+    for record, count in records_at(store, timestep, samples):
+        yield cut_call(store, record, count)
+
+
+def records_at(store: TrajectoryStore, timestep: float, samples: int) -> list[tuple[CallRecord, int]]:
+    """Which captured calls give how many samples, so that there are `samples` in all."""
+    chosen, left = [], samples
     for record in store.at(timestep):
-        if left <= 0:
-            return
-        arguments = store.arguments(record)
-        if record.samples > left:
-            rows = torch.linspace(0, record.samples - 1, left).round().long()
-            arguments = take_samples(arguments, rows, int(sample_tensor(arguments).shape[0]))
+        if left > 0:
+            chosen.append((record, min(left, record.samples)))
         left -= record.samples
-        yield arguments
+    return chosen
+
+
+def cut_call(store: TrajectoryStore, record: CallRecord, count: int) -> dict[str, Any]:
+    """A captured call with `count` evenly spaced samples of its batch."""
+    arguments = store.arguments(record)
+    if record.samples == count:
+        return arguments
+    rows = torch.linspace(0, record.samples - 1, count).round().long()
+    return take_samples(arguments, rows, int(sample_tensor(arguments).shape[0]))
 
 
 def _thin(x: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
@@ -203,7 +214,8 @@ def _thin(x: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
 
 
 @contextmanager
-def _watched_inputs(denoiser: nn.Module, names: Any, on_input: Any) -> Iterator[None]:
+def watched_inputs(denoiser: nn.Module, names: Any, on_input: Any) -> Iterator[None]:
+    """Call `on_input(name, x)` with the first argument of every named layer, at each of its calls inside the block."""
     handles = []
     for name in names:
         hook = lambda module, args, name=name: on_input(name, args[0])  # noqa: E731
