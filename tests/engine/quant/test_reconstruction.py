@@ -237,16 +237,18 @@ class TestLoss:
         assert float(unit_error((x, x), (x + 1, x + 2))) == pytest.approx(4 + 16)
 
 
-class TestReconstruction:
-    @pytest.fixture(scope="class")
-    def result(self, tmp_path_factory):
-        tmp_path = tmp_path_factory.mktemp("result")
-        model, ctx = denoiser(), context(tmp_path / "work")
-        model.train()  # dropout would make targets random
-        cfg = settings(rounding={"iterations": 300, "lr": 3e-2}, activations={"iterations": 60})
-        state = qdiffusion(model, cfg, ctx, decisions=decisions_of(model), store=store_at(tmp_path / "store"))
-        return model, state, ctx
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """(float model, state, context) of one run on the toy."""
+    tmp_path = tmp_path_factory.mktemp("result")
+    model, ctx = denoiser(), context(tmp_path / "work")
+    model.train()  # dropout would make targets random
+    cfg = settings(rounding={"iterations": 300, "lr": 3e-2}, activations={"iterations": 60})
+    state = qdiffusion(model, cfg, ctx, decisions=decisions_of(model), store=store_at(tmp_path / "store"))
+    return model, state, ctx
 
+
+class TestReconstruction:
     def test_units_improve_and_nothing_is_worse(self, result):
         ctx = result[2]
         report = json.loads((ctx.payload / "reconstruction.json").read_text())

@@ -22,6 +22,8 @@ from qdm_cli.engine.recipe.suggest import closest, one_slip, suggest_option
 from qdm_cli.engine.spec import Spec
 
 Key = str | int
+_NAMES = [f"'{name}'" for name in METHODS["calibrate"]]
+ANY_METHOD = f"{', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
 
 
 def problems(text: str, *overrides: str) -> tuple[Problem, ...]:
@@ -130,7 +132,9 @@ def test_one_wrong_letter_in_any_key_is_refused_with_position_and_suggestion(dat
     others = siblings(whole, path)
     assume(typo.isidentifier() and typo != right and typo not in others and (len(path) > 1 or typo != "extends"))
     text = flow(renamed(whole, path, typo))
-    line = next(number for number, row in enumerate(text.split("\n"), 1) if row.startswith(f"{typo}:"))
+    lines = [number for number, row in enumerate(text.split("\n"), 1) if row.startswith(f"{typo}:")]
+    assume(len(lines) == 1)  # another section may have a setting of this name
+    line = lines[0]
     check_slip(problems(text), typo, right, [*others, "extends"], re.compile(rf"<stdin>:{line}:1"))
 
 
@@ -199,7 +203,7 @@ HEAD = "model: {id: tiny:ddpm}\n"
         "nothing like it": ("xyzzy: 4", "<stdin>:2:1  xyzzy: unknown setting"),
         "method": (
             "calibrate: {method: msee}",
-            "<stdin>:2:13  calibrate.method: 'msee' is not a method. Did you mean 'mse'? (minmax, mse, percentile)",
+            f"<stdin>:2:13  calibrate.method: 'msee' is not a method. Did you mean 'mse'? ({', '.join(METHODS['calibrate'])})",
         ),
         "the only method": (
             "finetune: {method: efficientdn}",
@@ -209,7 +213,7 @@ HEAD = "model: {id: tiny:ddpm}\n"
             "evaluate: {suites: [cots]}",
             "<stdin>:2:21  evaluate.suites.0: 'cots' is not a method. Did you mean 'cost'? (fidelity, distribution, cost)",
         ),
-        "no method": ("calibrate: {samples_per_step: 3}", "<stdin>:2:1  calibrate.method: missing. It is 'minmax', 'mse' or 'percentile'"),
+        "no method": ("calibrate: {samples_per_step: 3}", f"<stdin>:2:1  calibrate.method: missing. It is {ANY_METHOD}"),
         "another method's setting": (
             "calibrate: {method: mse, percentile: 99}",
             "<stdin>:2:26  calibrate.percentile: is a setting of method percentile, not of mse",
