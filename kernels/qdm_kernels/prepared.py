@@ -1,8 +1,11 @@
-"""The public boundary of the integer ops: no gradients, no autocast, checked arguments."""
+"""The public boundary of the integer ops: no gradients, no autocast, checked arguments, packed weights as plain tensors and text."""
 
+import json
 from collections.abc import Callable
-from functools import wraps
-from typing import ParamSpec, TypeVar
+from dataclasses import fields, is_dataclass
+from functools import cache, wraps
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,9 +46,45 @@ def check_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor 
             raise ValueError(f"weight {name} has one entry per output, [{codes.shape[0]}], got {tuple(value.shape)}")
 
 
-def check_activation(x_codes: Tensor, x_zero_point: Tensor) -> None:
-    """ValueError unless x_codes are int8 and the zero point is one integer."""
+def check_activation(x_codes: Tensor, x_zero_point: Tensor, *, table: bool = False) -> None:
+    """ValueError unless x_codes are int8 and the zero point is one integer; table: or one per step."""
     if x_codes.dtype != torch.int8:
         raise ValueError(f"activation codes are int8, got {x_codes.dtype}")
-    if x_zero_point.numel() != 1 or x_zero_point.is_floating_point():
+    if x_zero_point.is_floating_point() or (x_zero_point.numel() != 1 and not table):
         raise ValueError(f"x_zero_point is one integer, got {x_zero_point.dtype} {tuple(x_zero_point.shape)}")
+
+
+def flatten(state: Any) -> tuple[list[Tensor], str]:
+    """A backend's frozen state as (its tensors, JSON of all else): what a registered operator takes, since it takes no objects."""
+    tensors: list[Tensor] = []
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return {"tensor": len(tensors) - 1}
+        if is_dataclass(value):
+            return {"class": type(value).__name__, "fields": {f.name: encode(getattr(value, f.name)) for f in fields(value)}}
+        return [encode(item) for item in value] if isinstance(value, tuple) else value
+
+    text = json.dumps(encode(state))
+    return tensors, text
+
+
+def unflatten(tensors: list[Tensor], how: str, home: ModuleType) -> Any:
+    """Inverse of `flatten`; home: the module that defines or imports the classes of the state."""
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(decode(item) for item in value)
+        if not isinstance(value, dict):
+            return value
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return getattr(home, value["class"])(**{name: decode(item) for name, item in value["fields"].items()})
+
+    return decode(_parse(how))
+
+
+@cache
+def _parse(how: str) -> Any:
+    return json.loads(how)

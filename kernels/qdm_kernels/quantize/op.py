@@ -1,4 +1,4 @@
-"""Quantization of activations to signed int8 codes (README: Arithmetic contract)."""
+"""Quantization of activations to signed int8 codes (README: Arithmetic contract). Operators qdm::quantize and qdm::quantize_per_token."""
 
 import torch
 from torch import Tensor
@@ -8,24 +8,23 @@ from qdm_kernels.prepared import integer_op
 from qdm_kernels.quantize import cpu, reference
 
 _IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
-_SMALLEST_ROW = 1e-30  # below it the reciprocal of the scale overflows; such a row is treated as zero
 
 
 @integer_op
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tensor | None = None) -> Tensor:
     """Round activations to signed codes of `bits`: float [...] -> int8 [...], memory format kept.
 
     q = round_half_even(clamp(x * (1 / scale), lo - z, hi - z)) + z in float32, lo = -2^(bits-1), hi = 2^(bits-1) - 1.
     scale: float32, 0-dim, [1] or broadcastable against x; zero_point: integer tensor of the same shape, within [lo, hi].
+    step: int32 [1] on the device of x: scale and zero_point are tables, [S] or one entry, and this is their row; None = no tables.
     Infinities saturate; NaN has no code. ValueError on bits outside 2..8, a floating zero_point, or an integer x.
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be 2..8, got {bits}")
-    if not x.is_floating_point():
-        raise ValueError(f"x is floating point, got {x.dtype}")
-    if zero_point.is_floating_point():
-        raise ValueError(f"zero_point is an integer tensor, got {zero_point.dtype}")
-    return _IMPLEMENTATIONS[backend.choose("quantize", device=x.device)].quantize(x, scale, zero_point, bits)
+    _check(x, zero_point, bits)
+    if not torch.compiler.is_compiling():
+        return _quantize(x, scale, zero_point, bits, step)
+    if x.device.type == "cpu":  # plain tensor code, which inductor fuses with what made x
+        return reference.quantize(x, reference.pick(scale, step), reference.pick(zero_point, step), bits)
+    return torch.ops.qdm.quantize(x, scale, zero_point, bits, step)
 
 
 @integer_op
@@ -34,6 +33,46 @@ def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     scale = max|row| / (2^(bits-1) - 1); 1 for a row of zeros. Errors as `quantize`.
     """
-    top = x.abs().amax(-1, keepdim=True).float()
-    scale = torch.where(top > _SMALLEST_ROW, top / ((1 << bits - 1) - 1), 1.0)
-    return quantize(x, scale, torch.zeros((), dtype=torch.int32, device=x.device), bits), scale
+    _check(x, None, bits)
+    if not torch.compiler.is_compiling():
+        return _quantize_per_token(x, bits)
+    return reference.quantize_per_token(x, bits) if x.device.type == "cpu" else torch.ops.qdm.quantize_per_token(x, bits)
+
+
+@torch.library.custom_op("qdm::quantize", mutates_args=())
+def _operator(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tensor | None) -> Tensor:
+    return _quantize(x, scale, zero_point, bits, step)
+
+
+@_operator.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tensor | None) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8)
+
+
+@torch.library.custom_op("qdm::quantize_per_token", mutates_args=())
+def _operator_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return _quantize_per_token(x, bits)
+
+
+@_operator_per_token.register_fake
+def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tensor | None) -> Tensor:
+    kernel = _IMPLEMENTATIONS[backend.choose("quantize", device=x.device)]
+    return kernel.quantize(x, reference.pick(scale, step), reference.pick(zero_point, step), bits)
+
+
+def _quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    scale = reference.row_scale(x, bits)
+    return _quantize(x, scale, torch.zeros((), dtype=torch.int32, device=x.device), bits, None), scale
+
+
+def _check(x: Tensor, zero_point: Tensor | None, bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2..8, got {bits}")
+    if not x.is_floating_point():
+        raise ValueError(f"x is floating point, got {x.dtype}")
+    if zero_point is not None and zero_point.is_floating_point():
+        raise ValueError(f"zero_point is an integer tensor, got {zero_point.dtype}")

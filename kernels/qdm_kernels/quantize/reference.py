@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_SMALLEST_ROW = 1e-30  # below it the reciprocal of the scale overflows; such a row is treated as zero
+
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """q = round_half_even(clamp(x * (1 / scale), lo - z, hi - z)) + z; arguments as in `op.quantize`."""
@@ -10,3 +12,23 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     z = zero_point.float()
     scaled = x.float() * scale.float().reciprocal()
     return (torch.round(torch.minimum(torch.maximum(scaled, low - z), high - z)) + z).to(torch.int8)
+
+
+def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scale of every row; arguments as in `op.quantize_per_token`."""
+    scale = row_scale(x, bits)
+    return quantize(x, scale, torch.zeros((), dtype=torch.int32, device=x.device), bits), scale
+
+
+def row_scale(x: Tensor, bits: int) -> Tensor:
+    """max|row| / (2^(bits-1) - 1), 1 for a row of zeros: [..., K] -> float32 [..., 1]."""
+    top = x.abs().amax(-1, keepdim=True).float()
+    return torch.where(top > _SMALLEST_ROW, top / ((1 << bits - 1) - 1), 1.0)
+
+
+def pick(table: Tensor, step: Tensor | None) -> Tensor:
+    """Row of a per-step table, [S] -> 0-dim; a table of one entry has no other row. None = not a table: as it is."""
+    if step is None:
+        return table
+    flat = table.reshape(-1)
+    return (flat if flat.numel() == 1 else flat.index_select(0, step.reshape(1))).reshape(())
