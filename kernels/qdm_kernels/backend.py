@@ -41,6 +41,7 @@ class Probe:
     linear: Exact
     conv2d: Exact
     fp32: bool  # float32 matmul and convolution return exact integers
+    fused_bias: bool = False  # oneDNN adds a bias after its own multiply by the scale, with a rounding between them as in the contract
 
     def int8(self, op: str) -> Exact:
         """Exactness of the int8 kernel of an op."""
@@ -95,7 +96,9 @@ def probe() -> Probe:
     CPU flags are not asked: they do not show a cap such as ONEDNN_MAX_CPU_ISA.
     """
     with torch.no_grad():
-        return Probe(linear=_exactness(_linear_is_exact), conv2d=_exactness(_conv2d_is_exact), fp32=_fp32_is_exact())
+        linear, conv2d = _exactness(_linear_is_exact), _exactness(_conv2d_is_exact)
+        fused = Exact.NONE not in (linear, conv2d) and _fused_bias_is_exact()
+        return Probe(linear, conv2d, fp32=_fp32_is_exact(), fused_bias=fused)
 
 
 def _exactness(is_exact: Callable[[int], bool]) -> Exact:
@@ -145,6 +148,19 @@ def _conv2d_is_exact(limit: int) -> bool:
                 if not torch.equal(got, sums.float() * scale[:, None, None]):
                     return False
     return True
+
+
+def _fused_bias_is_exact() -> bool:
+    """False where the multiply and the add are contracted into one operation, which differs in the last bit."""
+    rng = torch.Generator().manual_seed(3)
+    x = torch.randint(0, 256, (65, 256), generator=rng, dtype=torch.uint8)
+    w = torch.randint(-64, 65, (64, 256), generator=rng, dtype=torch.int8)
+    scale, bias, zeros = _scales(64), torch.randn(64, generator=rng), torch.zeros(64, dtype=torch.int64)
+    want = (x.long() @ w.long().T).float() * scale + bias
+    image, point = x.view(65, 256, 1, 1).contiguous(memory_format=torch.channels_last), Conv2dGeometry()
+    conv = onednn.conv2d(image, 0, onednn.pack_conv2d(w.view(64, 256, 1, 1), point), scale, zeros, point, bias=bias)
+    linear = onednn.linear(x, 0, onednn.pack_linear(w), scale, zeros, bias=bias)
+    return torch.equal(linear, want) and torch.equal(conv.flatten(1), want)
 
 
 def _fp32_is_exact() -> bool:

@@ -1,5 +1,6 @@
 """Shape of a convolution, shared by every backend."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 Pair = tuple[int, int]
@@ -24,3 +25,7 @@ class Conv2dGeometry:
     def unpadded(self) -> "Conv2dGeometry":
         """The same convolution for an input that already carries its border."""
         return replace(self, padding=(0, 0))
+
+    def is_pointwise(self, kernel: Sequence[int]) -> bool:
+        """Does a kernel of these sides see one pixel of every position, over all channels?"""
+        return tuple(kernel) == (1, 1) == self.stride and self.padding == (0, 0) and self.groups == 1

@@ -17,9 +17,9 @@ def pack_linear(codes: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
 
 
-def linear(x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+def linear(x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, zeros: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """Integer product: x [M, K] uint8, scale [N] float32, zeros [N] int64 (all 0) -> [M, N] float32."""
-    return torch.ops.onednn.qlinear_pointwise(x, 1.0, zero_point, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, zero_point, packed, scale, zeros, bias, 1.0, 0, torch.float32, "none", [], "")
 
 
 def pack_conv2d(codes: Tensor, geometry: Conv2dGeometry) -> Tensor:

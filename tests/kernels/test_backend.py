@@ -55,21 +55,35 @@ def test_probe_finds_something_and_runs_once() -> None:
     assert backend.probe().fp32
 
 
-def saturating(x, zero_point, packed, scale, zeros):
+def saturating(x, zero_point, packed, scale, zeros, *, bias=None):
     """A machine without VNNI: neighbouring products meet in int16."""
     pairs = (x.long()[:, None, :] * packed.long()[None]).unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
     return (pairs.sum(-1) - zero_point * packed.long().sum(1)).float() * scale
 
 
+@pytest.mark.parametrize("way", ["two roundings", "fused multiply-add"])
+def test_a_bias_is_fused_only_where_it_rounds_like_the_contract(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(sums, scale, bias):
+        fused = (sums.double() * scale.double() + bias.double()).float()
+        return fused if way == "fused multiply-add" else sums.float() * scale + bias
+
+    monkeypatch.setattr(onednn, "pack_linear", lambda codes: codes)
+    monkeypatch.setattr(onednn, "linear", lambda x, z, w, scale, zeros, *, bias: add(x.long() @ w.long().T, scale, bias))
+    monkeypatch.setattr(onednn, "pack_conv2d", lambda codes, geometry: codes.flatten(1))
+    monkeypatch.setattr(onednn, "conv2d", lambda x, z, w, s, zeros, g, *, bias: add(x.flatten(1).long() @ w.long().T, s, bias))
+    assert backend._fused_bias_is_exact() == (way == "two roundings")
+
+
 @pytest.mark.parametrize("way", ["exact", "saturating", "off by one", "two roundings", "missing"])
 def test_probe_tells_machines_apart(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def product(x, zero_point, packed, scale, zeros):
+    def product(x, zero_point, packed, scale, zeros, *, bias=None):
         if way == "missing":
             raise RuntimeError("no such operator")
         if way == "saturating":
             return saturating(x, zero_point, packed, scale, zeros)
         sums = (x.long() - zero_point) @ packed.long().T + (way == "off by one")
-        return sums.float() * (scale / 3) * 3 if way == "two roundings" else sums.float() * scale
+        y = sums.float() * (scale / 3) * 3 if way == "two roundings" else sums.float() * scale
+        return y if bias is None else y + bias
 
     monkeypatch.setattr(onednn, "pack_linear", lambda codes: codes)
     monkeypatch.setattr(onednn, "linear", product)

@@ -48,6 +48,28 @@ def test_saturates(kernel, bits: int, z: int) -> None:
     assert kernel(x, torch.tensor(0.1), torch.tensor(z), bits).tolist() == [high, low, high, low, high]
 
 
+@BACKENDS
+@pytest.mark.parametrize("z", [0, 5, -8, 7])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1)], ids=["number", "one", "rows"])
+def test_nan_is_real_zero(kernel, z: int, shape: tuple[int, ...]) -> None:
+    x, zero_point = torch.full((3, 5), float("nan")), torch.full(shape, z)
+    assert kernel(x, torch.full(shape, 0.1), zero_point, 4).eq(z).all()
+
+
+@BACKENDS
+def test_a_scale_of_zero_keeps_zeros_and_saturates_the_rest(kernel) -> None:
+    x = torch.tensor([0.0, -0.0, 1e-30, -2.0])
+    assert kernel(x, torch.tensor(0.0), torch.tensor(3), 8).tolist() == [3, 3, 127, -128]
+
+
+@BACKENDS
+def test_empty_and_strided_activations(kernel) -> None:
+    assert kernel(torch.empty(0, 7), torch.tensor(0.1), torch.tensor(1), 8).shape == (0, 7)
+    x = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    got = kernel(x.T[::2], torch.tensor(0.02), torch.tensor(1), 8)
+    assert torch.equal(got, truth(x.T[::2], 0.02, 1, 8))
+
+
 @given(st.floats(-1e4, 1e4, width=32), st.floats(2**-10, 10, width=32), st.integers(-8, 7))
 def test_backends_agree(value: float, scale: float, z: int) -> None:
     args = torch.tensor([value]), torch.tensor([scale]), torch.tensor([z]), 4

@@ -93,8 +93,9 @@ def conv2d(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias
     unsigned = onednn.to_unsigned(x)
     if state.row_sums is None and state.centre is None and x_scale.dim() == 0:
         # oneDNN multiplies the converted accumulator once: the contract's own rounding (probed), one pass less over y.
-        y = onednn.conv2d(unsigned, z + 128, state.packed, x_scale * w_scale.flatten(), state.zeros, state.geometry)
-        return y if bias is None else y.add_(bias)
+        fused = bias.flatten() if bias is not None and backend.probe().fused_bias else None
+        y = onednn.conv2d(unsigned, z + 128, state.packed, x_scale * w_scale.flatten(), state.zeros, state.geometry, bias=fused)
+        return y if bias is None or fused is not None else y.add_(bias)
     return rescale_(_sums_int8(unsigned, z + 128, state), x_scale, w_scale, bias)
 
 
@@ -157,7 +158,15 @@ def _convs_float32(x: Tensor, z: int, state: Float32):
     padding = (0, 0) if z else g.padding
     for s, weight in state.pieces:
         part = bordered if len(state.pieces) == 1 else _channels(bordered, s, g.groups).flatten(1, 2)
-        yield F.conv2d(part.float(), weight, None, g.stride, padding, g.dilation, g.groups)
+        if g.is_pointwise(weight.shape[2:]):
+            yield pointwise(part.float(), weight)
+        else:
+            yield F.conv2d(part.float(), weight, None, g.stride, padding, g.dilation, g.groups)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution as the matmul it is over channels_last pixels: torch sends some of these shapes to a slow path."""
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def _with_border(x: Tensor, z: int, padding: Pair) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qdm_kernels import onednn
+from qdm_kernels import backend, onednn
 from qdm_kernels.exact import Slice, l1_by_input, rescale_, split_exact, subtract_input_sum, subtract_zero_point, why_not_int8
 
 
@@ -88,8 +88,9 @@ def linear(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias
     unsigned, z = onednn.to_unsigned(x), int(zero_point) + 128
     if state.centre is None and x_scale.dim() == 0:
         # oneDNN multiplies the converted accumulator once: the contract's own rounding (probed), one pass less over y.
-        y = onednn.linear(unsigned, z, state.packed, x_scale * w_scale, state.zeros)
-        return y if bias is None else y.add_(bias)
+        fused = bias if backend.probe().fused_bias else None
+        y = onednn.linear(unsigned, z, state.packed, x_scale * w_scale, state.zeros, bias=fused)
+        return y if bias is fused else y.add_(bias)
     sums = onednn.linear(unsigned, z, state.packed, state.ones, state.zeros)
     if state.centre is not None:
         corrected = subtract_input_sum(sums, state.centre.float(), dim=1)

@@ -7,10 +7,10 @@ _SMALLEST_ROW = 1e-30  # below it the reciprocal of the scale overflows; such a 
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """q = round_half_even(clamp(x * (1 / scale), lo - z, hi - z)) + z; arguments as in `op.quantize`."""
+    """q = round_half_even(clamp(x * (1 / scale), lo - z, hi - z)) + z, z where that is NaN; arguments as in `op.quantize`."""
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     z = zero_point.float()
-    scaled = x.float() * scale.float().reciprocal()
+    scaled = torch.nan_to_num(x.float() * scale.float().reciprocal(), nan=0.0, posinf=torch.inf, neginf=-torch.inf)
     return (torch.round(torch.minimum(torch.maximum(scaled, low - z), high - z)) + z).to(torch.int8)
 
 
