@@ -13,11 +13,13 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load", "register", "registration_status"]
 
 
-def load(folder: str | Path, **kwargs: Any) -> Any:
+def load(folder: str | Path, *, mode: str | None = None, **kwargs: Any) -> Any:
     """Open a folder written by `qdm export` as a diffusers pipeline.
 
     Args:
         folder: the exported artifact.
+        mode: auto = the fastest arithmetic of this machine in every layer; exact = quantized arithmetic everywhere, which gives the same
+            result on every machine; None = the environment variable QDM_MODE, else auto.
         kwargs: handed to `DiffusionPipeline.from_pretrained`, such as `dtype` or `device_map`.
 
     Raises:
@@ -25,7 +27,7 @@ def load(folder: str | Path, **kwargs: Any) -> Any:
     """
     from qdm_cli.engine.runtime.loading import open_pipeline
 
-    return open_pipeline(folder, **kwargs)
+    return open_pipeline(folder, mode=mode, **kwargs)
 
 
 register()

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qdm_cli.engine.diffusion.sampling import generate
 from qdm_cli.engine.diffusion.trajectories import output_tensor
 from qdm_cli.engine.evaluation.subject import SIMULATED_WHY, Subject
+from qdm_cli.engine.runtime.tune import in_mode
 
 if TYPE_CHECKING:
     from qdm_cli.engine.recipe.schema import SamplerSpec
@@ -236,9 +237,25 @@ def speeds(
     prompts: list[str] | None,
     device: str,
 ) -> dict[str, Any]:
-    """Latency, images per second and memory; null for a simulated model."""
+    """Latency, images per second and memory of the model as `qdm_cli.load` opens it; null for a simulated model."""
     if subject.kind == "simulated":
         return {key: value for name in SPEEDS for key, value in ((name, None), (f"{name}_why", SIMULATED_WHY))}
+    with in_mode(subject.denoiser, "auto"):
+        return _speeds(base, subject, call, sampler, batch=batch, repeats=repeats, seed=seed, prompts=prompts, device=device)
+
+
+def _speeds(
+    base: Subject,
+    subject: Subject,
+    call: Call,
+    sampler: SamplerSpec,
+    *,
+    batch: int,
+    repeats: int,
+    seed: int,
+    prompts: list[str] | None,
+    device: str,
+) -> dict[str, Any]:
     models = {"base": base} if subject is base else {"base": base, "own": subject}
     times = latencies(models, call, repeats=repeats, device=device)
     own, reference = times.get("own", times["base"]), times["base"]

@@ -15,6 +15,7 @@ from qdm_cli.engine.quant.state import read_state
 from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime.loading import open_pipeline
 from qdm_cli.engine.runtime.registration import register
+from qdm_cli.engine.runtime.tune import tune_
 
 if TYPE_CHECKING:
     from qdm_cli.engine.context import RunContext
@@ -105,12 +106,14 @@ def _open(folder: Path, base: Subject, ctx: RunContext) -> LoadedPipeline:
     """An exported folder with the recipe's sampler: its own scheduler has that sampler's settings already, the base's are certain."""
     component = base.loaded.component
     if (folder / "model_index.json").is_file():
-        pipeline = open_pipeline(folder, torch_dtype=next(base.denoiser.parameters()).dtype)
+        pipeline = open_pipeline(folder, mode="exact", torch_dtype=next(base.denoiser.parameters()).dtype)
         pipeline.scheduler = type(base.loaded.pipeline.scheduler).from_config(base.loaded.pipeline.scheduler.config)
     else:
         pipeline = load_base(ctx).loaded.pipeline
         register()
-        setattr(pipeline, component, type(base.denoiser).from_pretrained(folder))
+        denoiser = type(base.denoiser).from_pretrained(folder)
+        tune_(denoiser, "exact")  # metrics must not depend on which layers this machine would run in floating point
+        setattr(pipeline, component, denoiser)
     if ctx.recipe.device.offload == "none" or not ctx.device.startswith("cuda"):
         pipeline.to(ctx.device)
     else:

@@ -173,10 +173,25 @@ class QConv2d(QuantizedLayer):
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def apply_op(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return conv2d_channels_last(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def channel_shape(self, per_channel: torch.Tensor) -> torch.Tensor:
         return per_channel.reshape(-1, 1, 1)
+
+
+def conv2d_channels_last(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> torch.Tensor:
+    """F.conv2d whose output is channels_last, as the integer kernels' is: norms round differently over another memory format, and one
+    ulp can turn a later code."""
+    y = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, stride, padding, dilation, groups)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def build_layer(

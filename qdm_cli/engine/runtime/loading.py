@@ -10,25 +10,41 @@ from qdm_cli.engine.errors import EnvironmentProblem, InputError
 from qdm_cli.engine.runtime.registration import register, registration_status
 
 
-def open_pipeline(folder: str | Path, **kwargs: Any) -> Any:
+def open_pipeline(folder: str | Path, *, mode: str | None = None, **kwargs: Any) -> Any:
     """`DiffusionPipeline.from_pretrained` of an exported folder, with errors that say what to do.
 
+    Args:
+        mode: auto = every layer on the arithmetic that is fastest here; exact = quantized arithmetic everywhere, the same bits on every
+            machine; None = QDM_MODE, else auto.
+
     Raises:
-        InputError: no such folder, an artifact that is not exported yet, a lone component, or corrupt files.
+        InputError: no such folder, an artifact that is not exported yet, a lone component, corrupt files, or an unknown mode.
         EnvironmentProblem: this diffusers does not take qdm's quantizer.
     """
     folder = check_export(folder)
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
+    from qdm_cli.engine.runtime.choice import default_mode
+    from qdm_cli.engine.runtime.modules import PackedLayer
+    from qdm_cli.engine.runtime.tune import tune_
+
     register()
     status = registration_status()
     if status["state"] != "registered":
         raise EnvironmentProblem(f"qdm is not registered with diffusers: {status['why']}")
     try:
-        return DiffusionPipeline.from_pretrained(folder, **kwargs)
+        chosen = default_mode(mode)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder, **kwargs)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {error}") from error
+    for part in pipeline.components.values():
+        if any(isinstance(layer, PackedLayer) for layer in getattr(part, "modules", tuple)()):
+            tune_(part, chosen)
+    return pipeline
 
 
 def check_export(folder: str | Path) -> Path:

@@ -19,12 +19,15 @@ from torch.nn import functional as F
 
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.quant.grid import IntGrid, PerChannel, PerGroup, broadcast, centred_codes
-from qdm_cli.engine.quant.modules import dynamic_qparams
+from qdm_cli.engine.quant.modules import conv2d_channels_last, dynamic_qparams
 from qdm_cli.engine.quant.state import LayerState, QuantState
 from qdm_cli.engine.quant.state_apply import checked_layer, load_floats_, replace_
+from qdm_cli.engine.runtime.choice import Case, Choice, Machine, Mode, choose, say_once
 from qdm_cli.engine.runtime.layer import LayerSpec
+from qdm_cli.engine.runtime.reuse import PerPrompt, SharedInput
 from qdm_kernels import backend
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
+from qdm_kernels.exact import value_range
 from qdm_kernels.layout import pack_weight, unpack_weight
 from qdm_kernels.linear_w8a8 import op as linear_op
 from qdm_kernels.quantize.op import quantize
@@ -48,9 +51,9 @@ class PackedLayer(nn.Module):
         super().__init__()
         self.spec = spec
         self.step = StepContext()
-        self._prepared: Any = None
-        self._row_sums: Tensor | None = None
-        self._floats: Tensor | None = None
+        self.mode: Mode = "exact"
+        self.reuse: PerPrompt | SharedInput | None = None
+        self._forget_()
         table = spec.tensors()
         for name in _BUFFERS:
             entry = table.get(name)
@@ -58,14 +61,37 @@ class PackedLayer(nn.Module):
 
     def forward(self, x: Tensor, *unused: object) -> Tensor:
         """x: float, [..., K] or [B, I, H, W] -> the same dtype. `unused`: diffusers passes a LoRA scale to some layers."""
-        if self.spec.bits_a is None or self.spec.group is not None:
-            return self._float_forward(x)
+        if self.choice(x).kernel == "float":
+            return self._float_forward(x) if self.mode == "exact" else self._plain_forward(x)
         if not _has_integer_kernel(self.op, x.device.type):
             return self._float_forward(x)
+        if self.reuse is not None:
+            return self.reuse.output(self, x, self._quantized_forward)
+        return self._quantized_forward(x)
+
+    def _quantized_forward(self, x: Tensor) -> Tensor:
         scale, zero_point = self._activation(x)
         if zero_point.numel() == 1:
             return self._integer_forward(x, scale, zero_point).to(x.dtype)
         return self._forward_by_zero_point(x, scale, zero_point).to(x.dtype)
+
+    def choice(self, x: Tensor) -> Choice:
+        """Integer or float arithmetic for an input of this size, decided once per power of two of rows."""
+        bucket = (x.device.type, self._rows(x).bit_length())
+        if bucket not in self._choices:
+            codes = self.codes()
+            centred = self.centred_weight().to(torch.int16)
+            case = Case(self.spec, 1 << bucket[1], Machine.of(x.device, self.op), value_range(codes), value_range(centred))
+            self._choices[bucket] = choose(case, self.mode)
+            if self.spec.bits_a is not None and (why := self._choices[bucket].why_not):
+                say_once(why)
+        return self._choices[bucket]
+
+    def set_mode_(self, mode: Mode) -> None:
+        """`exact`: quantized arithmetic always; `auto`: where it is not slower than the dequantized weight."""
+        if mode != self.mode:
+            self.mode = mode
+            self._forget_()
 
     def codes(self) -> Tensor:
         """int8 codes in the weight's own shape."""
@@ -91,10 +117,14 @@ class PackedLayer(nn.Module):
     def prepared(self) -> Any:
         """The weight in the layout of the chosen backend, made once."""
         if self._prepared is None:
-            zero = self._buffers["weight_zero_point"]
-            zero = torch.zeros_like(self.weight_scale, dtype=torch.int8) if zero is None else zero
-            self._prepared = self._prepare(self.codes(), self.weight_scale, zero, self._buffers["bias"])
+            self._prepared = self._prepare(*self.stored_parts())
         return self._prepared
+
+    def stored_parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(codes, scale, zero point, bias) as the kernels' `prepare` takes them."""
+        zero = self._buffers["weight_zero_point"]
+        zero = torch.zeros_like(self.weight_scale, dtype=torch.int8) if zero is None else zero
+        return self.codes(), self.weight_scale, zero, self._buffers["bias"]
 
     @property
     def float_weight(self) -> Tensor:
@@ -109,6 +139,22 @@ class PackedLayer(nn.Module):
         if self._row_sums is None:
             self._row_sums = self.centred_weight().flatten(1).sum(1).to(torch.int32)
         return self._row_sums
+
+    @property
+    def plain_weight(self) -> Tensor:
+        """f32 dequantized weight for layers that run in floating point, expanded once."""
+        if self._plain is None:
+            weight = self.dequantized_weight()
+            self._plain = weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
+        return self._plain
+
+    @property
+    def same_every_step(self) -> bool:
+        """Does no denoising step change the activation's scale or zero point?"""
+        if self._constant is None:
+            tables = [self._buffers[name] for name in ("act_scale", "act_zero_point")]
+            self._constant = all(table is None or bool((table == table[0]).all()) for table in tables)
+        return self._constant
 
     def load_buffer_(self, name: str, value: Tensor) -> None:
         """Take a stored tensor; float ones are kept in f32 whatever they were stored in.
@@ -160,6 +206,14 @@ class PackedLayer(nn.Module):
             bias = self._buffers["bias"]
             return (y if bias is None else y + self._per_output(bias)).to(x.dtype)
 
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        """Dequantized weight, activations as they come: what `auto` runs where integers would be slower."""
+        if x.device.type != "cpu":
+            bias = self._buffers["bias"]
+            return self._apply_op(x, self.dequantized_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        with torch.autocast("cpu", enabled=False):
+            return self._apply_op(x.float(), self.plain_weight, self._buffers["bias"]).to(x.dtype)
+
     def _half_forward(self, x: Tensor) -> Tensor:
         """Half precision cannot hold sums of centred codes: both operands are scaled first."""
         restored = x
@@ -186,7 +240,10 @@ class PackedLayer(nn.Module):
     def _integer_forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _apply_op(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def _rows(self, x: Tensor) -> int:
         raise NotImplementedError
 
     def _per_output(self, value: Tensor) -> Tensor:
@@ -209,10 +266,18 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own backend layout: oneDNN's packed tensors cannot be copied."""
-        return {**self.__dict__, "_prepared": None, "_row_sums": None, "_floats": None}
+        made_here = dict.fromkeys(("_prepared", "_row_sums", "_floats", "_plain", "_constant", "reuse"))
+        return {**self.__dict__, **made_here, "_choices": {}}
 
     def _forget_(self) -> None:
-        self._prepared = self._row_sums = self._floats = None
+        self._prepared: Any = None
+        self._row_sums: Tensor | None = None
+        self._floats: Tensor | None = None
+        self._plain: Tensor | None = None
+        self._constant: bool | None = None
+        self._choices: dict[tuple[str, int], Choice] = {}
+        if self.reuse is not None:
+            self.reuse.forget_()
 
 
 class PackedLinear(PackedLayer):
@@ -224,8 +289,16 @@ class PackedLinear(PackedLayer):
         return linear_op.prepare(codes, scale, zero_point, bias)
 
     def _integer_forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return self._product(x, scale, zero_point, self.prepared)
+
+    def _product(self, x: Tensor, scale: Tensor, zero_point: Tensor, prepared: Any) -> Tensor:
         codes = quantize(x, scale, zero_point, cast(int, self.spec.bits_a))
-        return linear_op.linear(codes, scale, zero_point.reshape(()), self.prepared)
+        return linear_op.linear(codes, scale, zero_point.reshape(()), prepared)
+
+    def product_together(self, x: Tensor, prepared: Any) -> Tensor | None:
+        """Outputs of several layers that `reuse` packed as one, f32; None when samples have zero points of their own."""
+        scale, zero_point = self._activation(x)
+        return self._product(x, scale, zero_point, prepared) if zero_point.numel() == 1 else None
 
     def _forward_by_zero_point(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Any zero point per token: sum (q - z)(w - z_w) = sum q (w - z_w) - z * sum (w - z_w), all in int32."""
@@ -235,8 +308,11 @@ class PackedLinear(PackedLayer):
         bias = self._buffers["bias"]
         return y if bias is None else y + bias
 
-    def _apply_op(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
+    def _apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def _rows(self, x: Tensor) -> int:
+        return x.numel() // max(x.shape[-1], 1)
 
     def _per_output(self, value: Tensor) -> Tensor:
         return value
@@ -253,13 +329,15 @@ class PackedConv2d(PackedLayer):
 
     def _integer_forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         codes = quantize(x, scale, zero_point, cast(int, self.spec.bits_a))
-        y = conv2d_op.conv2d(codes, scale, zero_point.reshape(()), self.prepared)
-        # As a float convolution does: norms round differently over another memory format, and one ulp can turn a later code.
-        return y if x.stride(1) == 1 and not x.is_contiguous() else y.contiguous()
+        return conv2d_op.conv2d(codes, scale, zero_point.reshape(()), self.prepared)
 
-    def _apply_op(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         s = self.spec
-        return F.conv2d(x, weight, None, s.stride, s.padding, s.dilation, s.groups)
+        return conv2d_channels_last(x, weight, bias, s.stride, s.padding, s.dilation, s.groups)
+
+    def _rows(self, x: Tensor) -> int:
+        (h, w), (p, q) = self.spec.stride, x.shape[2:]
+        return x.shape[0] * (p // h) * (q // w)
 
     def _per_output(self, value: Tensor) -> Tensor:
         return value.reshape(-1, 1, 1)
@@ -290,8 +368,11 @@ def packed_from_state(state: LayerState, original: nn.Module, rows: int) -> Pack
     return layer
 
 
-def pack_denoiser_(denoiser: nn.Module, state: QuantState) -> StepContext:
+def pack_denoiser_(denoiser: nn.Module, state: QuantState, mode: Mode = "exact") -> StepContext:
     """Replace the layers of `state` by packed ones in memory and attach the step hook: an exported model without files.
+
+    Args:
+        mode: `exact` = the bits of the simulation on every machine; `auto` = as fast as this one allows.
 
     Raises:
         InputError: the state belongs to another model.
@@ -303,6 +384,9 @@ def pack_denoiser_(denoiser: nn.Module, state: QuantState) -> StepContext:
         replace_(denoiser, name, packed)
     load_floats_(denoiser, state.floats)
     step.attach(denoiser)
+    from qdm_cli.engine.runtime.tune import tune_  # which knows packed layers itself
+
+    tune_(denoiser, mode)
     return step
 
 

@@ -16,8 +16,10 @@ from torch import nn
 
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.quant.state_apply import replace_
+from qdm_cli.engine.runtime.choice import default_mode
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_cli.engine.runtime.modules import PackedLayer, packed_from_spec
+from qdm_cli.engine.runtime.tune import tune_
 
 CONFIG_SCHEMA = 1
 
@@ -87,6 +89,7 @@ class QdmQuantizer(DiffusersQuantizer):
                 raise ValueError(f"the weights of this folder hold no {name}.{missing[0]}, which its config.json promises")
             layer.step = step
         step.attach(model)
+        tune_(model, default_mode())
         return model
 
     def check_if_quantized_param(

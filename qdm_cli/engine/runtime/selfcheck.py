@@ -126,7 +126,7 @@ def source_roots() -> list[str]:
 
 
 def _run_child(task: dict[str, Any]) -> dict[str, Any]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "QDM_MODE": "exact"}
     command = [sys.executable, "-I", str(Path(selfcheck_child.__file__).resolve()), json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
     if done.returncode != 0:

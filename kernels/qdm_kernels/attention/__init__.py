@@ -1,0 +1,1 @@
+"""Attention without mask for long sequences on CPUs with native bfloat16."""

@@ -1,0 +1,51 @@
+"""softmax(q k^T * scale) v without mask, where bfloat16 products beat torch's own kernel."""
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from qdm_kernels.attention import cpu
+from qdm_kernels.prepared import integer_op
+
+SHORTEST = 1024  # queries and keys; below, torch's kernel keeps all scores in the cache
+_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+@functools.cache
+def why_not_cpu() -> str | None:
+    """Why this CPU gains nothing; None = it multiplies bf16 natively."""
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not any(flags.get(name) for name in _BF16_FLAGS):
+        return "this CPU has no native bf16: torch's float32 attention is faster"
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if cap and not any(name in cap for name in ("BF16", "AMX", "FP16", "DEFAULT", "ALL")):
+        return f"oneDNN is capped to {cap}, without native bf16"
+    return None
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the op leaves a product to torch; None = it takes it. Four axes, equal heads, a long sequence, no gradient, on a CPU with bf16."""
+    if q.device.type != "cpu":
+        return f"runs on the cpu, the tensors are on {q.device}"
+    if reason := why_not_cpu():
+        return reason
+    if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.shape != v.shape:
+        return "queries, keys and values are [B, H, L, d] with equal heads and widths"
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"computes in bf16, the queries are {q.dtype}"
+    if min(q.shape[2], k.shape[2]) < SHORTEST:
+        return f"sequences below {SHORTEST}"
+    return "gradients" if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)) else None
+
+
+@integer_op
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """q [B, H, L, d], k, v [B, H, S, d] float -> [B, H, L, d], the dtype of q. scale: None = 1 / sqrt(d).
+
+    Products in bfloat16 with float32 sums, scores and weights rounded to bfloat16. ValueError on other shapes or an empty set of keys.
+    """
+    if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.shape != v.shape or q.shape[3] != k.shape[3] or k.shape[2] == 0:
+        raise ValueError(f"q [B, H, L, d] and k, v [B, H, S > 0, d], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    return cpu.attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,0 +1,144 @@
+"""Which arithmetic a packed layer runs: integers where they are faster, its dequantized weight elsewhere (kernel specification 12).
+
+`exact` runs quantized arithmetic in every layer, so that results do not depend on the machine; `auto` never makes a layer slower.
+The table below is read from the top, the first row that fits decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+
+from qdm_cli.engine.runtime.layer import LayerSpec
+from qdm_kernels import backend
+
+Mode = Literal["auto", "exact"]
+Range = tuple[int, int]
+MODES: tuple[Mode, ...] = ("auto", "exact")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides about a layer.
+
+    Attributes:
+        device: cpu or cuda (or another type, which has no integer kernel).
+        capability: of a GPU, (9, 0); None on a CPU.
+        triton: can triton kernels run there?
+    """
+
+    device: str
+    capability: tuple[int, int] | None = None
+    triton: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device | str, op: str) -> Machine:
+        """The machine behind a tensor's device."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            return cls(device.type)
+        runs = backend.choose(op, device=device) not in ("cpu", "reference")
+        return cls("cuda", torch.cuda.get_device_capability(device), runs)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """kernel: `integer` or `float` (dequantized weight, float activations). why_not: why no integer arithmetic; None = it runs."""
+
+    kernel: Literal["integer", "float"]
+    why_not: str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer at one size.
+
+    Attributes:
+        rows: uses of each weight, M of the matrix product.
+        codes, centred: lowest and highest code, and code minus zero point.
+    """
+
+    spec: LayerSpec
+    rows: int
+    machine: Machine
+    codes: Range
+    centred: Range
+
+    @property
+    def op(self) -> str:
+        return "linear_w8a8" if self.spec.kind == "linear" else "conv2d_w8a8"
+
+    @property
+    def unsaturated(self) -> str | None:
+        """Why oneDNN int8 cannot hold these weights, neither centred nor with their zero point taken off after; None = it can."""
+        reason = backend.why_not("onednn", self.op, weight_range=self.centred)
+        return reason and backend.why_not("onednn", self.op, weight_range=self.codes)
+
+
+Rule = tuple[Callable[[Case], bool], Callable[[Case], str]]
+
+
+def _says(text: str) -> Callable[[Case], str]:
+    return lambda case: text
+
+
+_ANYWHERE: tuple[Rule, ...] = (
+    (lambda c: c.spec.bits_a is None, _says("weights only: activations stay in floating point")),
+    (lambda c: c.spec.group is not None, _says("one weight scale per group of inputs: no common factor leaves the integer sum")),
+)
+_CPU: tuple[Rule, ...] = (
+    (lambda c: c.unsaturated is not None, lambda c: cast(str, c.unsaturated)),
+    (lambda c: c.spec.groups > 1, _says("a grouped convolution gains nothing from integers")),
+    (lambda c: c.spec.terms < 64, _says("fewer than 64 products per output: the quantization costs more than it saves")),
+)
+_CUDA: tuple[Rule, ...] = (
+    (lambda c: (c.machine.capability or (0, 0)) < (8, 0), _says("integer kernels need compute capability 8.0")),
+    (lambda c: not c.machine.triton, _says("no integer kernel runs on this GPU: is triton installed?")),
+    (lambda c: c.rows <= 16, _says("at most 16 rows: the product waits for its weights")),
+    (lambda c: c.spec.inputs < 512 and c.spec.outputs < 1024 and c.spec.kind == "linear", _says("K < 512 and N < 1024: the output dominates")),
+    (lambda c: c.spec.kind == "conv2d" and c.spec.inputs % 64 != 0, _says("the number of input channels is no multiple of 64")),
+)
+_BY_DEVICE = {"cpu": _CPU, "cuda": _CUDA}
+
+
+def choose(case: Case, mode: Mode) -> Choice:
+    """The arithmetic of one layer; in `exact` mode only what has no integer form at all stays in floating point."""
+    rules = _ANYWHERE
+    if mode == "auto":
+        others: tuple[Rule, ...] = ((lambda c: True, lambda c: f"no integer kernel on {c.machine.device}"),)
+        rules = _ANYWHERE + _BY_DEVICE.get(case.machine.device, others)
+    for applies, why in rules:
+        if applies(case):
+            return Choice("float", why(case))
+    return Choice("integer")
+
+
+@functools.cache
+def say_once(why_not: str) -> None:
+    """Log a reason the first time it turns an integer layer into a float one; `qdm inspect --layers` lists all."""
+    logging.getLogger(__name__).warning("some quantized layers run in floating point here: %s", why_not)
+
+
+def default_mode(named: str | None = None) -> Mode:
+    """`named`, else QDM_MODE, else auto.
+
+    Raises:
+        ValueError: neither auto nor exact.
+    """
+    mode = named or os.environ.get("QDM_MODE") or "auto"
+    if mode not in MODES:
+        raise ValueError(f"mode is auto or exact, got {mode!r}")
+    return cast(Mode, mode)
+
+
+def widest_codes(spec: LayerSpec) -> tuple[Range, Range]:
+    """(codes, centred) that the bits allow, for layers whose codes are not at hand."""
+    top = 2 ** (spec.bits_w - 1)
+    codes = (-top, top - 1)
+    return codes, codes if spec.symmetric else (1 - 2 * top, 2 * top - 1)

@@ -1,0 +1,43 @@
+"""Makes a packed denoiser as fast as its machine allows, once, after its weights are in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from qdm_cli.engine.runtime.attention import speed_up_attention_
+from qdm_cli.engine.runtime.choice import Mode
+from qdm_cli.engine.runtime.modules import PackedLayer
+from qdm_cli.engine.runtime.reuse import share_inputs_
+
+def tune_(denoiser: nn.Module, mode: Mode) -> None:
+    """Set how the layers of a denoiser choose their arithmetic, share what they compute twice, and lay images out as kernels read them.
+
+    Results of `exact` do not depend on the machine; `auto` may take float kernels and bf16 attention where those are faster.
+    """
+    for layer in denoiser.modules():
+        if isinstance(layer, PackedLayer):
+            layer.set_mode_(mode)
+    share_inputs_(denoiser)
+    speed_up_attention_(denoiser, enabled=mode == "auto")
+    if mode == "auto":
+        for layer in denoiser.modules():
+            if isinstance(layer, nn.Conv2d) and layer.weight.device.type != "meta":
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def in_mode(denoiser: nn.Module, mode: Mode) -> Iterator[None]:
+    """Run a block with the packed layers of a denoiser in `mode`; a model without packed layers is not touched."""
+    before = {layer.mode for layer in denoiser.modules() if isinstance(layer, PackedLayer)}
+    if not before or before == {mode}:
+        yield
+        return
+    tune_(denoiser, mode)
+    try:
+        yield
+    finally:
+        tune_(denoiser, before.pop())
