@@ -19,6 +19,7 @@ for _name in [name for name in os.environ if name.startswith("QDM_") and name !=
     del os.environ[_name]
 os.environ |= {
     "QDM_OFFLINE": "1",
+    "QDM_MODE": "exact",  # the same bits on every machine
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -26,7 +26,7 @@ def why_not_cpu() -> str | None:
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why the op leaves a product to torch; None = it takes it. Four axes, equal heads, a long sequence, no gradient, on a CPU with bf16."""
+    """Why the op leaves a product to torch; None = it takes it."""
     if q.device.type != "cpu":
         return f"runs on the cpu, the tensors are on {q.device}"
     if reason := why_not_cpu():

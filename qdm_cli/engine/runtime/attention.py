@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from qdm_kernels.attention import op
 
-
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -58,7 +57,7 @@ def speed_up_attention_(denoiser: nn.Module, *, enabled: bool) -> int:
             continue
         original = getattr(type(processor), "original", None)
         if enabled and original is None and op.why_not_cpu() is None:
-            processor.__class__ = _faster(type(processor))
+            processor.__class__ = _faster(type(processor))  # type: ignore[arg-type]
         elif not enabled and original is not None:
             processor.__class__ = original
         count += hasattr(type(processor), "original")

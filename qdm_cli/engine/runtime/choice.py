@@ -49,10 +49,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """kernel: `integer` or `float` (dequantized weight, float activations). why_not: why no integer arithmetic; None = it runs."""
+    """What one layer runs.
+
+    Attributes:
+        kernel: `integer` or `float` (dequantized weight, float activations).
+        why_not: why no integer arithmetic; None = it runs.
+        by_machine: the machine is the reason, not the layer.
+    """
 
     kernel: Literal["integer", "float"]
     why_not: str | None = None
+    by_machine: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,28 +88,26 @@ class Case:
         return reason and backend.why_not("onednn", self.op, weight_range=self.codes)
 
 
-Rule = tuple[Callable[[Case], bool], Callable[[Case], str]]
-
-
-def _says(text: str) -> Callable[[Case], str]:
-    return lambda case: text
-
+Rule = tuple[Callable[[Case], bool], str | Callable[[Case], str]]  # applies, the reason: fixed for the layer, computed for the machine
 
 _ANYWHERE: tuple[Rule, ...] = (
-    (lambda c: c.spec.bits_a is None, _says("weights only: activations stay in floating point")),
-    (lambda c: c.spec.group is not None, _says("one weight scale per group of inputs: no common factor leaves the integer sum")),
+    (lambda c: c.spec.bits_a is None, "weights only: activations stay in floating point"),
+    (lambda c: c.spec.group is not None, "one weight scale per group of inputs: no common factor leaves the integer sum"),
 )
 _CPU: tuple[Rule, ...] = (
     (lambda c: c.unsaturated is not None, lambda c: cast(str, c.unsaturated)),
-    (lambda c: c.spec.groups > 1, _says("a grouped convolution gains nothing from integers")),
-    (lambda c: c.spec.terms < 64, _says("fewer than 64 products per output: the quantization costs more than it saves")),
+    (lambda c: c.spec.groups > 1, "a grouped convolution gains nothing from integers"),
+    (lambda c: c.spec.terms < 64, "fewer than 64 products per output: the quantization costs more than it saves"),
 )
 _CUDA: tuple[Rule, ...] = (
-    (lambda c: (c.machine.capability or (0, 0)) < (8, 0), _says("integer kernels need compute capability 8.0")),
-    (lambda c: not c.machine.triton, _says("no integer kernel runs on this GPU: is triton installed?")),
-    (lambda c: c.rows <= 16, _says("at most 16 rows: the product waits for its weights")),
-    (lambda c: c.spec.inputs < 512 and c.spec.outputs < 1024 and c.spec.kind == "linear", _says("K < 512 and N < 1024: the output dominates")),
-    (lambda c: c.spec.kind == "conv2d" and c.spec.inputs % 64 != 0, _says("the number of input channels is no multiple of 64")),
+    (lambda c: (c.machine.capability or (0, 0)) < (8, 0), lambda c: "integer kernels need compute capability 8.0"),
+    (lambda c: not c.machine.triton, lambda c: "no integer kernel runs on this GPU: is triton installed?"),
+    (lambda c: c.rows <= 16, "at most 16 rows: the product waits for its weights"),
+    (
+        lambda c: c.spec.inputs < 512 and c.spec.outputs < 1024 and c.spec.kind == "linear",
+        "K < 512 and N < 1024: the output dominates",
+    ),
+    (lambda c: c.spec.kind == "conv2d" and c.spec.inputs % 64 != 0, "the number of input channels is no multiple of 64"),
 )
 _BY_DEVICE = {"cpu": _CPU, "cuda": _CUDA}
 
@@ -115,14 +120,15 @@ def choose(case: Case, mode: Mode) -> Choice:
         rules = _ANYWHERE + _BY_DEVICE.get(case.machine.device, others)
     for applies, why in rules:
         if applies(case):
-            return Choice("float", why(case))
+            return Choice("float", why, False) if isinstance(why, str) else Choice("float", why(case), True)
     return Choice("integer")
 
 
 @functools.cache
-def say_once(why_not: str) -> None:
-    """Log a reason the first time it turns an integer layer into a float one; `qdm inspect --layers` lists all."""
-    logging.getLogger(__name__).warning("some quantized layers run in floating point here: %s", why_not)
+def say_once(chosen: Choice) -> None:
+    """Log a reason the first time it turns an integer layer into a float one, as a warning where another machine would run integers."""
+    level = logging.WARNING if chosen.by_machine else logging.INFO
+    logging.getLogger(__name__).log(level, "some quantized layers run in floating point here: %s", chosen.why_not)
 
 
 def default_mode(named: str | None = None) -> Mode:
@@ -134,7 +140,7 @@ def default_mode(named: str | None = None) -> Mode:
     mode = named or os.environ.get("QDM_MODE") or "auto"
     if mode not in MODES:
         raise ValueError(f"mode is auto or exact, got {mode!r}")
-    return cast(Mode, mode)
+    return mode
 
 
 def widest_codes(spec: LayerSpec) -> tuple[Range, Range]:

@@ -46,6 +46,12 @@ class PackedLayer(nn.Module):
     op = ""  # name of the qdm_kernels op
     weight: Tensor
     weight_scale: Tensor
+    _prepared: Any
+    _row_sums: Tensor | None
+    _floats: Tensor | None
+    _plain: Tensor | None
+    _constant: bool | None
+    _choices: dict[tuple[str, int], Choice]
 
     def __init__(self, spec: LayerSpec, *, device: str | torch.device = "meta"):
         super().__init__()
@@ -83,8 +89,8 @@ class PackedLayer(nn.Module):
             centred = self.centred_weight().to(torch.int16)
             case = Case(self.spec, 1 << bucket[1], Machine.of(x.device, self.op), value_range(codes), value_range(centred))
             self._choices[bucket] = choose(case, self.mode)
-            if self.spec.bits_a is not None and (why := self._choices[bucket].why_not):
-                say_once(why)
+            if self._choices[bucket].kernel == "float":
+                say_once(self._choices[bucket])
         return self._choices[bucket]
 
     def set_mode_(self, mode: Mode) -> None:
@@ -270,12 +276,8 @@ class PackedLayer(nn.Module):
         return {**self.__dict__, **made_here, "_choices": {}}
 
     def _forget_(self) -> None:
-        self._prepared: Any = None
-        self._row_sums: Tensor | None = None
-        self._floats: Tensor | None = None
-        self._plain: Tensor | None = None
-        self._constant: bool | None = None
-        self._choices: dict[tuple[str, int], Choice] = {}
+        self._prepared = self._row_sums = self._floats = self._plain = self._constant = None
+        self._choices = {}
         if self.reuse is not None:
             self.reuse.forget_()
 

@@ -25,13 +25,14 @@ class Kept:
     def __init__(self) -> None:
         self._owner: weakref.ref[Tensor] | None = None
         self._versions = (0, 0)
-        self._value: Tensor | None = None
+        self._value: Any = None
 
     def get(self, x: Tensor) -> Tensor | None:
         """The value kept for `x` itself; None = another tensor, or one of the two was written to since."""
-        if self._owner is None or self._value is None or self._owner() is not x:
+        value = self._value
+        if self._owner is None or value is None or self._owner() is not x:
             return None
-        return self._value if (x._version, self._value._version) == self._versions else None
+        return value if (x._version, value._version) == self._versions else None
 
     def put(self, x: Tensor, value: Tensor) -> Tensor:
         """Keep `value`; returns it."""

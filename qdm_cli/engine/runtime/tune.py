@@ -13,6 +13,7 @@ from qdm_cli.engine.runtime.choice import Mode
 from qdm_cli.engine.runtime.modules import PackedLayer
 from qdm_cli.engine.runtime.reuse import share_inputs_
 
+
 def tune_(denoiser: nn.Module, mode: Mode) -> None:
     """Set how the layers of a denoiser choose their arithmetic, share what they compute twice, and lay images out as kernels read them.
 

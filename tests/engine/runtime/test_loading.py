@@ -42,7 +42,7 @@ def test_load_gives_the_simulated_outputs(exported: Path, tiny_unet, make_state,
     state = make_state(tiny_unet)
     state.layers["conv_out"].weight_scale.mul_(1e-6)
     apply_state_(tiny_unet, state)
-    unet = qdm_cli.load(exported).unet
+    unet = qdm_cli.load(exported, mode="exact").unet
     assert len(packed_layers(unet)) == len(state.layers)
     for timestep in (800, 333.3, torch.tensor([10, 790])):
         assert torch.equal(unet(x, timestep).sample, tiny_unet(x, timestep).sample)
@@ -171,3 +171,16 @@ def test_sharded_weights_load(exported: Path, x: torch.Tensor) -> None:
 
 def test_the_version_is_the_packages(repo_root: Path) -> None:
     assert f'version = "{qdm_cli.__version__}"' in (repo_root / "pyproject.toml").read_text()
+
+
+def test_the_mode_of_a_loaded_pipeline(exported: Path, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QDM_MODE")
+    modes = {
+        mode: {layer.mode for layer in packed_layers(qdm_cli.load(exported, mode=mode).unet).values()} for mode in (None, "auto", "exact")
+    }
+    assert modes == {None: {"auto"}, "auto": {"auto"}, "exact": {"exact"}}
+    with pytest.raises(InputError, match="auto or exact, got 'fast'"):
+        qdm_cli.load(exported, mode="fast")
+    monkeypatch.setenv("QDM_MODE", "exact")
+    unet = type(qdm_cli.load(exported).unet).from_pretrained(exported / "unet")
+    assert {layer.mode for layer in packed_layers(unet).values()} == {"exact"}

@@ -1,0 +1,73 @@
+"""Blocked bf16 attention against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qdm_kernels.attention import cpu, op, reference
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 8), (2, 3, 65, 130, 40), (1, 2, 300, 77, 64), (1, 1, 0, 5, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_close_to_float64(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "CACHE_BYTES", 1)  # blocks of 64 queries: several, and a shorter last one
+    b, h, length, keys, width = shape
+    q, k, v = (
+        draw(b, h, length, width, dtype=dtype),
+        draw(b, h, keys, width, seed=1, dtype=dtype),
+        draw(b, h, keys, width, seed=2, dtype=dtype),
+    )
+    got, want = op.attention(q, k, v), reference.attention(q.double(), k, v, width**-0.5)
+    assert got.dtype == dtype
+    assert got.shape == want.shape
+    assert (got.double() - want).norm() <= 0.01 * want.norm()
+
+
+def test_the_scale_counts_and_large_scores_do_not_overflow() -> None:
+    q, k, v = (30 * draw(1, 1, 80, 16, seed=seed) for seed in (0, 1, 2))
+    sharp, flat = op.attention(q, k, v), op.attention(q, k, v, 1e-6)
+    assert torch.isfinite(sharp).all()
+    torch.testing.assert_close(flat, v.mean(2, keepdim=True).expand_as(flat), rtol=0.02, atol=0.2)
+    assert (sharp - flat).norm() > flat.norm()
+
+
+def test_strided_queries_as_processors_pass_them() -> None:
+    q, k, v = (draw(2, 70, 3, 16, seed=seed).transpose(1, 2) for seed in (0, 1, 2))
+    want = reference.attention(q, k, v, 0.25)
+    assert (op.attention(q, k, v) - want).norm() <= 0.01 * want.norm()
+
+
+@pytest.mark.parametrize(
+    "shapes", [((4, 8), (4, 8)), ((1, 2, 4, 8), (1, 3, 4, 8)), ((1, 1, 4, 8), (1, 1, 0, 8)), ((1, 1, 4, 8), (1, 1, 4, 9))], ids=str
+)
+def test_other_shapes_are_refused(shapes) -> None:
+    with pytest.raises(ValueError, match="got"):
+        op.attention(draw(*shapes[0]), draw(*shapes[1]), draw(*shapes[1]))
+
+
+def test_every_refusal_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "why_not_cpu", lambda: None)
+    long = draw(1, 1, 1024, 8)
+    assert op.why_not(long, long, long) is None
+    assert "below 1024" in (op.why_not(long, long[:, :, :77], long[:, :, :77]) or "")
+    assert "float64" in (op.why_not(long.double(), long, long) or "")
+    assert op.why_not(long.requires_grad_(), long, long) == "gradients"
+    assert "equal heads" in (op.why_not(long, long[0], long[0]) or "")
+    monkeypatch.setattr(op, "why_not_cpu", lambda: "no native bf16")
+    assert op.why_not(long, long, long) == "no native bf16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "cap", "runs"),
+    [({"avx512_bf16": True}, "", True), ({"avx512_bf16": True}, "AVX512_CORE_VNNI", False), ({"avx2": True}, "", False)],
+)
+def test_the_probe_reads_flags_and_the_cap(flags: dict, cap: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
+    assert (op.why_not_cpu.__wrapped__() is None) == runs
