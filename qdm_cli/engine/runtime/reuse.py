@@ -30,9 +30,8 @@ class Kept:
     def get(self, x: Tensor) -> Tensor | None:
         """The value kept for `x` itself; None = another tensor, or one of the two was written to since."""
         value = self._value
-        if self._owner is None or value is None or self._owner() is not x:
-            return None
-        return value if (x._version, value._version) == self._versions else None
+        same = self._owner is not None and self._owner() is x
+        return value if same and value is not None and (x._version, value._version) == self._versions else None
 
     def put(self, x: Tensor, value: Tensor) -> Tensor:
         """Keep `value`; returns it."""
