@@ -12,7 +12,8 @@ def _layer_state(name: str, module: Any, rows: int, rng: Any, **policy: Any) -> 
     """Codes of the module's own weight, rounded to nearest; random activation tables."""
     import torch
 
-    from qdm_cli.engine.quant.grid import IntGrid, PerChannel, PerGroup, broadcast, choose_qparams, quantize
+    from qdm_cli.engine.quant.grid import IntGrid, broadcast, choose_qparams, quantize
+    from qdm_cli.engine.quant.modules import weight_granularity
     from qdm_cli.engine.quant.state import LayerDecision, LayerState
 
     fields = {"bits_w": 4, "bits_a": 8, "symmetric": False, "act_mode": "static", "act_symmetric": False, "timestep_aware": True} | policy
@@ -28,16 +29,16 @@ def _layer_state(name: str, module: Any, rows: int, rng: Any, **policy: Any) -> 
         rule="test",
         **fields,
     )
-    granularity = PerGroup(group) if group else PerChannel(0)
+    granularity = weight_granularity(decision)
     params = choose_qparams(weight, IntGrid(decision.bits_w), granularity, symmetric=decision.symmetric)
     codes = quantize(weight, params, IntGrid(decision.bits_w), granularity)
     assert broadcast(params.scale, weight.shape, granularity).ndim == weight.ndim
     scale = zero = None
     if decision.bits_a is not None and decision.act_mode == "static":
-        count = rows if decision.timestep_aware else 1
+        count = (rows if decision.timestep_aware else 1, *([2] if decision.split else []))
         scale = torch.rand(count, generator=rng) * 0.02 + 4.0 / 2**decision.bits_a
         half = 2 ** (decision.bits_a - 1)
-        zero = torch.randint(-half // 2, half // 2, (count,), generator=rng).to(torch.int8)
+        zero = torch.randint(-half // 2, half // 2, count, generator=rng).to(torch.int8)
         zero = torch.zeros_like(zero) if decision.act_symmetric else zero
     bias = None if module.bias is None else module.bias.detach().float().clone()
     return LayerState(decision, codes, params.scale, params.zero_point.to(torch.int8), bias, scale, zero)
@@ -56,12 +57,24 @@ def make_layer_state() -> Callable[..., Any]:
 
 @pytest.fixture
 def make_state() -> Callable[..., Any]:
-    """`make_state(denoiser, keys=[...], row_mode=..., skip=text, **policy)` -> QuantState; layers whose name holds `skip` stay float."""
+    """`make_state(denoiser, keys=[...], row_mode=..., skip=text, split=False, **policy)` -> QuantState.
+
+    Layers whose name holds `skip` stay float; `split=True` splits the shortcuts that read a concatenation.
+    """
     import torch
 
+    from qdm_cli.engine.models.concats import shortcut_splits
     from qdm_cli.engine.quant.state import LayerDecision, QuantState
 
-    def make(denoiser: Any, keys: list[float] | None = None, row_mode: str = "nearest", skip: str = "shortcut", **policy: Any) -> Any:
+    def make(
+        denoiser: Any,
+        keys: list[float] | None = None,
+        row_mode: str = "nearest",
+        skip: str = "shortcut",
+        split: bool = False,
+        **policy: Any,
+    ) -> Any:
+        splits = shortcut_splits(denoiser) if split else {}
         keys = keys or [800.0, 600.0, 400.0, 200.0, 0.0]
         rng, layers, skipped = torch.Generator().manual_seed(0), {}, []
         for name, module in denoiser.named_modules():
@@ -72,7 +85,8 @@ def make_state() -> Callable[..., Any]:
                 skipped.append(LayerDecision(name, kind, tuple(module.weight.shape), "other", skipped_why="kept by the test"))
             else:
                 edge = {"bits_w": 8, "timestep_aware": False} if name in ("conv_in", "conv_out") else {}
-                layers[name] = _layer_state(name, module, len(keys), rng, **policy | edge)
+                half = {"split": splits[name]} if name in splits else {}
+                layers[name] = _layer_state(name, module, len(keys), rng, **policy | edge | half)
         return QuantState(layers, tuple(skipped), torch.tensor(keys, dtype=torch.float64), row_mode)
 
     return make

@@ -131,7 +131,8 @@ def _meta_layer(module: nn.Module, decision: LayerDecision) -> LayerState:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     out, groups = decision.shape[0], decision.group_size if decision.granularity == "group" else None
-    scale_shape = (out, decision.shape[1] // groups) if groups else (out,)
+    scale_shape = (out, decision.shape[1] // groups) if groups else (out, 2) if decision.split else (out,)
+    table = (1, 2) if decision.split else (1,)
     static = decision.bits_a is not None and decision.act_mode == "static"
     return LayerState(
         decision=decision,
@@ -139,8 +140,8 @@ def _meta_layer(module: nn.Module, decision: LayerDecision) -> LayerState:
         weight_scale=empty(*scale_shape),
         weight_zero_point=empty(*scale_shape, dtype=torch.int8),
         bias=empty(out) if getattr(module, "bias", None) is not None else None,
-        act_scale=empty(1) if static else None,
-        act_zero_point=empty(1, dtype=torch.int8) if static else None,
+        act_scale=empty(*table) if static else None,
+        act_zero_point=empty(*table, dtype=torch.int8) if static else None,
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from qdm_cli.engine.checkpoint import read_tensors, write_tensors
 from qdm_cli.engine.diffusion.trajectories import CallRecord, TrajectoryStore, sample_tensor, take_samples
 from qdm_cli.engine.errors import GateFailed
-from qdm_cli.engine.quant.grid import IntGrid, PerTensor, QParams, RangeMethod, choose_qparams, quantize
+from qdm_cli.engine.quant.grid import IntGrid, PerTensor, QParams, RangeMethod, choose_qparams, param_shape, quantize
 from qdm_cli.engine.quant.modules import weight_granularity
 from qdm_cli.engine.quant.state import LayerDecision, LayerState, QuantState
 
@@ -73,8 +73,7 @@ def code_layer(module: nn.Module, decision: LayerDecision, rule: RangeRule, acti
     grid, granularity = IntGrid(decision.bits_w), weight_granularity(decision)
     try:
         if decision.granularity == "tensor":
-            one = choose_qparams(weight, grid, PerTensor(), symmetric=decision.symmetric, method=rule.method, percentile=rule.percentile)
-            params = QParams(one.scale.expand(weight.shape[0]).clone(), one.zero_point.expand(weight.shape[0]).clone())
+            params = _per_tensor(weight, decision, rule)
         else:
             params = choose_qparams(weight, grid, granularity, symmetric=decision.symmetric, method=rule.method, percentile=rule.percentile)
     except ValueError as error:
@@ -86,15 +85,34 @@ def code_layer(module: nn.Module, decision: LayerDecision, rule: RangeRule, acti
         weight_scale=params.scale,
         weight_zero_point=params.zero_point.to(torch.int8),
         bias=None if bias is None else bias.detach().float().clone(),
-        act_scale=None if activation is None else activation.scale.reshape(-1),
-        act_zero_point=None if activation is None else activation.zero_point.reshape(-1).to(torch.int8),
+        act_scale=None if activation is None else activation.scale,
+        act_zero_point=None if activation is None else activation.zero_point.to(torch.int8),
     )
+
+
+def _per_tensor(weight: torch.Tensor, decision: LayerDecision, rule: RangeRule) -> QParams:
+    """One scale for the weight, or for each half of it, stored once per output channel."""
+    grid = IntGrid(decision.bits_w)
+    parts = [rule.choose(part, grid, symmetric=decision.symmetric) for part in weight.split(list(decision.input_halves), dim=1)]
+    whole = QParams(torch.stack([p.scale for p in parts]), torch.stack([p.zero_point for p in parts]))
+    shape = param_shape(weight.shape, weight_granularity(decision))
+    return QParams(*(value.reshape(1, -1).expand(len(weight), -1).reshape(shape).clone() for value in (whole.scale, whole.zero_point)))
+
+
+def parts_of(decision: LayerDecision) -> tuple[str, ...]:
+    """Names under which the separately quantized parts of a layer's input are measured."""
+    return (decision.name,) if decision.split is None else (f"{decision.name}@deep", f"{decision.name}@skip")
+
+
+def input_parts(x: torch.Tensor, decision: LayerDecision) -> tuple[torch.Tensor, ...]:
+    """The separately quantized parts of a layer's input, in the order of `parts_of`."""
+    return x.split(list(decision.input_halves), dim=1 if decision.type == "Conv2d" else -1) if decision.split is not None else (x,)
 
 
 def activation_tables(
     denoiser: nn.Module, chosen: dict[str, LayerDecision], store: TrajectoryStore, rule: RangeRule, samples: int, ctx: RunContext
 ) -> dict[str, QParams]:
-    """Ranges of all static activations: [R] for timestep-aware layers, [1] for the others."""
+    """Ranges of all static activations: [R] for timestep-aware layers, [1] for the others; [R, 2] and [1, 2] where inputs are split."""
     static = {name: d for name, d in chosen.items() if d.bits_a is not None and d.act_mode == "static"}
     if not static:
         return {}
@@ -106,15 +124,24 @@ def activation_tables(
         ctx.events.progress("ranges", row + 1, len(steps))
     tables = {}
     for name, decision in static.items():
-        grid = IntGrid(decision.bits_a or 8)
-        if decision.timestep_aware:
-            tables[name] = QParams(
-                torch.cat([unit[f"{name}:scale"] for unit in per_step]), torch.cat([unit[f"{name}:zero_point"] for unit in per_step])
-            )
-        else:
-            values = torch.cat([unit[f"{name}:values"] for unit in per_step])
-            tables[name] = _choose(rule, values, grid, decision)
+        parts = [_part_table(part, decision, per_step, rule) for part in parts_of(decision)]
+        tables[name] = join_parts(parts)
     return tables
+
+
+def _part_table(part: str, decision: LayerDecision, per_step: list[dict[str, torch.Tensor]], rule: RangeRule) -> QParams:
+    if decision.timestep_aware:
+        scale, zero = (torch.cat([unit[f"{part}:{leaf}"] for unit in per_step]) for leaf in ("scale", "zero_point"))
+        return QParams(scale, zero)
+    values = torch.cat([unit[f"{part}:values"] for unit in per_step])
+    return _choose(rule, values, IntGrid(decision.bits_a or 8), decision)
+
+
+def join_parts(parts: list[QParams]) -> QParams:
+    """Tables [R] of the parts of one input as one table: [R], or [R, 2] of two."""
+    if len(parts) == 1:
+        return parts[0]
+    return QParams(torch.stack([p.scale for p in parts], 1), torch.stack([p.zero_point for p in parts], 1))
 
 
 def _step_unit(
@@ -132,15 +159,16 @@ def _step_unit(
     values = layer_inputs(denoiser, static, store, timestep, samples)
     unit: dict[str, torch.Tensor] = {}
     for name, decision in static.items():
-        if name not in values:
-            raise GateFailed(f"{name} was never reached by the trajectories, so its activation range is unknown. Skip it with a rule.")
-        if not bool(torch.isfinite(values[name]).all()):
-            raise GateFailed(f"The input of {name} holds NaN or infinity at timestep {timestep:g}; its range cannot be measured.")
-        if decision.timestep_aware:
-            params = _choose(rule, values[name], IntGrid(decision.bits_a or 8), decision)
-            unit |= {f"{name}:scale": params.scale.reshape(1), f"{name}:zero_point": params.zero_point.reshape(1)}
-        else:
-            unit[f"{name}:values"] = values[name]
+        for part in parts_of(decision):
+            if part not in values:
+                raise GateFailed(f"{name} was never reached by the trajectories, so its activation range is unknown. Skip it with a rule.")
+            if not bool(torch.isfinite(values[part]).all()):
+                raise GateFailed(f"The input of {name} holds NaN or infinity at timestep {timestep:g}; its range cannot be measured.")
+            if decision.timestep_aware:
+                params = _choose(rule, values[part], IntGrid(decision.bits_a or 8), decision)
+                unit |= {f"{part}:scale": params.scale, f"{part}:zero_point": params.zero_point}
+            else:
+                unit[f"{part}:values"] = values[part]
     write_tensors(path, unit)
     return unit
 
@@ -153,11 +181,16 @@ def _choose(rule: RangeRule, values: torch.Tensor, grid: IntGrid, decision: Laye
 def layer_inputs(
     denoiser: nn.Module, layers: dict[str, LayerDecision], store: TrajectoryStore, timestep: float, samples: int
 ) -> dict[str, torch.Tensor]:
-    """A sample of each layer's input values at one timestep, extremes included: [<= VALUES_PER_STEP + 2] f32."""
+    """A sample of each layer's input values at one timestep, extremes included: [<= VALUES_PER_STEP + 2] f32, by `parts_of`."""
     kept: dict[str, list[torch.Tensor]] = {}
     calls = list(calls_at(store, timestep, samples))
     rng = torch.Generator().manual_seed(int(timestep * 1000) & 0x7FFFFFFF)
-    with watched_inputs(denoiser, layers, lambda name, x: kept.setdefault(name, []).append(_thin(x, VALUES_PER_STEP // len(calls), rng))):
+
+    def keep(name: str, x: torch.Tensor) -> None:
+        for part, values in zip(parts_of(layers[name]), input_parts(x, layers[name]), strict=True):
+            kept.setdefault(part, []).append(_thin(values, VALUES_PER_STEP // len(calls), rng))
+
+    with watched_inputs(denoiser, layers, keep):
         for arguments in calls:
             run_denoiser(denoiser, arguments)
     return {name: torch.cat(parts) for name, parts in kept.items()}

@@ -99,6 +99,9 @@ class QuantizeSpec(Spec):
     """Default of the weights."""
     activations: ActivationPolicy | None = ActivationPolicy()
     """Default of the activations; null = weights only."""
+    split_shortcuts: bool = False
+    """Quantize the two halves of a U-Net shortcut's concatenated input, deep features and skip features, each with scales of its own
+    (Q-Diffusion); no effect on models without such shortcuts and on group scales."""
     rules: tuple[Rule, ...] = ()
     """Exceptions, before those of `policy`."""
     policy: Literal["efficientdm", "edges-w8", "all"] = "efficientdm"

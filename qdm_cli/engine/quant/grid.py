@@ -57,12 +57,19 @@ class PerGroup:
     size: int
 
 
-Granularity = PerTensor | PerChannel | PerGroup
+@dataclass(frozen=True)
+class PerRange:
+    """One scale per output channel (axis 0) for the first `split` inputs (axis 1) and one for the rest: concatenated inputs."""
+
+    split: int
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerRange
 
 
 @dataclass(frozen=True)
 class QParams:
-    """Scale (f32) and zero point (integer-valued f32); shapes [], [C] or [O, G] by granularity. x ~ (q - zero_point) * scale."""
+    """Scale (f32) and zero point (integer-valued f32); shapes [], [C], [O, G] or [O, 2] by granularity. x ~ (q - zero_point) * scale."""
 
     scale: torch.Tensor
     zero_point: torch.Tensor
@@ -76,6 +83,8 @@ def rows_of(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     """
     if isinstance(granularity, PerTensor):
         return x.reshape(1, -1)
+    if isinstance(granularity, PerRange):
+        raise ValueError("the two ranges of a split weight have different lengths; take them one at a time")
     if isinstance(granularity, PerChannel):
         return x.movedim(granularity.axis, 0).reshape(x.shape[granularity.axis], -1)
     if x.shape[1] % granularity.size:
@@ -89,6 +98,8 @@ def param_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) -
         return ()
     if isinstance(granularity, PerChannel):
         return (shape[granularity.axis],)
+    if isinstance(granularity, PerRange):
+        return (shape[0], 2)
     return (shape[0], shape[1] // granularity.size)
 
 
@@ -100,6 +111,9 @@ def broadcast(param: torch.Tensor, shape: torch.Size | tuple[int, ...], granular
         view = [1] * len(shape)
         view[granularity.axis] = -1
         return param.reshape(view)
+    if isinstance(granularity, PerRange):
+        lengths = torch.tensor([granularity.split, shape[1] - granularity.split], device=param.device)
+        return param.repeat_interleave(lengths, dim=1).reshape(*shape[:2], *([1] * (len(shape) - 2)))
     return param.repeat_interleave(granularity.size, dim=1).reshape(*shape[:2], *([1] * (len(shape) - 2)))
 
 
@@ -133,6 +147,12 @@ def choose_qparams(
     Raises:
         ValueError: x is empty or holds NaN or infinity.
     """
+    if isinstance(granularity, PerRange):
+        halves = [
+            choose_qparams(half, grid, PerChannel(0), symmetric=symmetric, method=method, percentile=percentile)
+            for half in x.split([granularity.split, x.shape[1] - granularity.split], dim=1)
+        ]
+        return QParams(torch.stack([h.scale for h in halves], 1), torch.stack([h.zero_point for h in halves], 1))
     if x.numel() == 0 or not bool(torch.isfinite(x).all()):
         raise ValueError("cannot choose a range: the tensor is empty or holds NaN or infinity")
     rows = rows_of(x.detach().float(), granularity)

@@ -20,6 +20,7 @@ from qdm_cli.engine.quant.grid import (
     IntGrid,
     PerChannel,
     PerGroup,
+    PerRange,
     broadcast,
     qparams_from_range,
     round_straight_through,
@@ -29,11 +30,15 @@ from qdm_cli.engine.quant.state import LayerDecision, LayerState
 
 def weight_granularity(decision: LayerDecision) -> Granularity:
     """Granularity of the stored weight scale; a per-tensor scale is stored once per channel."""
+    if decision.split is not None:
+        return PerRange(decision.split)
     return PerGroup(decision.group_size) if decision.granularity == "group" and decision.group_size else PerChannel(0)
 
 
 class StepScales(nn.Module):
-    """Activation scales and zero points as tables over denoising steps (TALSQ, Eq. 9 of EfficientDM); one row = static.
+    """Activation scales and zero points as tables [R] over denoising steps (TALSQ, Eq. 9 of EfficientDM); one row = static.
+
+    A layer that quantizes its input in two parts has tables [R, 2].
 
     Scales are held as logarithms, so that one learning rate suits layers of any range. Zero points are real numbers that
     are rounded, straight through, wherever they are used: otherwise training and kernel differ at the clip ends.
@@ -48,7 +53,7 @@ class StepScales(nn.Module):
         self.register_buffer("exact_scale", scale.detach().float().clone(), persistent=False)
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and integer zero point, [R] each. Untouched scales are returned to the bit, not through exp(log)."""
+        """Scale and integer zero point, [R] or [R, 2] each. Untouched scales are returned to the bit, not through exp(log)."""
         trained = self.log_scale.requires_grad or self.exact_scale is None
         scale = self.log_scale.exp() if trained else cast(torch.Tensor, self.exact_scale)
         zero = round_straight_through(self.zero_point.clamp(self.grid.lo, self.grid.hi))
@@ -95,6 +100,8 @@ class QuantizedLayer(nn.Module):
         step: which denoising step it is.
     """
 
+    channel_dim: int
+
     def __init__(self, decision: LayerDecision, weight: nn.Module, bias: torch.Tensor | None, scales: StepScales | None, step: StepContext):
         super().__init__()
         self.decision = decision
@@ -103,8 +110,11 @@ class QuantizedLayer(nn.Module):
         self.scales = scales
         self.step = step
 
-    def centred_input(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(q - z as floats, scale that broadcasts against x); float activations pass through with scale None."""
+    def centred_input(self, x: torch.Tensor, part: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(q - z as floats, scale that broadcasts against x); float activations pass through with scale None.
+
+        `part`: column of the tables of a split input; None = not split.
+        """
         if self.decision.bits_a is None:
             return x, None
         grid = IntGrid(self.decision.bits_a)
@@ -112,13 +122,15 @@ class QuantizedLayer(nn.Module):
             per_token = self.decision.type == "Linear"
             scale, zero = dynamic_qparams(x, grid, symmetric=self.decision.act_symmetric, per_token=per_token)
         else:
-            scale_table, zero_table = self.scales.tables()
-            scale, zero = (_as_rows(self.step.pick(t), x.ndim) for t in (scale_table, zero_table))
+            tables = self.scales.tables() if part is None else (table[:, part] for table in self.scales.tables())
+            scale, zero = (_as_rows(self.step.pick(table), x.ndim) for table in tables)
             zero = round_straight_through(zero)
         return CentredQuantize.apply(x, scale, zero, grid.lo, grid.hi), scale
 
     def combine(self, x: torch.Tensor) -> torch.Tensor:
         """The layer in fp32; the caller restores the dtype."""
+        if self.decision.split is not None:
+            return self.combine_parts(x)
         centred, x_scale = self.centred_input(x.float())
         weight, w_scale = self.weight_source()
         if w_scale.ndim == 2:
@@ -129,6 +141,19 @@ class QuantizedLayer(nn.Module):
         channels = self.channel_shape(scale)
         y = self.apply_op(centred, weight) * (channels if x_scale is None else x_scale * channels)
         return y if self.bias is None else y + self.channel_shape(self.bias)
+
+    def combine_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """Two concatenated inputs, each with ranges of its own: y1 + (y2 + bias) (Q-Diffusion, Eq. 8)."""
+        weight, w_scale = self.weight_source()
+        sizes = list(self.decision.input_halves)
+        halves = zip(x.float().split(sizes, dim=self.channel_dim), weight.split(sizes, dim=1), strict=True)
+        sums = []
+        for part, (x_part, w_part) in enumerate(halves):
+            centred, x_scale = self.centred_input(x_part, part)
+            channels = self.channel_shape(w_scale[:, part])
+            sums.append(self.apply_op(centred, w_part) * (channels if x_scale is None else x_scale * channels))
+        first, second = sums
+        return first + (second if self.bias is None else second + self.channel_shape(self.bias))
 
     def forward(self, x: torch.Tensor, *unused: object) -> torch.Tensor:
         """`unused`: diffusers passes a LoRA scale to some layers."""
@@ -150,6 +175,8 @@ def _as_rows(value: torch.Tensor, ndim: int) -> torch.Tensor:
 class QLinear(QuantizedLayer):
     """x: [..., K] float -> [..., O]."""
 
+    channel_dim = -1
+
     def apply_op(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight)
 
@@ -159,6 +186,8 @@ class QLinear(QuantizedLayer):
 
 class QConv2d(QuantizedLayer):
     """x: [B, I, H, W] float -> [B, O, H', W']; a padded pixel is real 0."""
+
+    channel_dim = 1
 
     def __init__(
         self,

@@ -87,4 +87,4 @@ def with_ranges(layers: dict[str, LayerState], pair: Pair, plan: Plan, store: Tr
 def _with_table(layer: LayerState, params: QParams | None) -> LayerState:
     if params is None:
         return layer
-    return replace(layer, act_scale=params.scale.reshape(-1).cpu(), act_zero_point=params.zero_point.reshape(-1).to(torch.int8).cpu())
+    return replace(layer, act_scale=params.scale.cpu(), act_zero_point=params.zero_point.to(torch.int8).cpu())

@@ -33,6 +33,7 @@ def layer_rows(state: QuantState) -> list[dict[str, Any]]:
                 "granularity": d.granularity,
                 "group": d.group_size,
                 "symmetric": d.symmetric,
+                "split": d.split,
                 "timestep_rows": 0 if layer.act_scale is None else len(layer.act_scale),
                 "rule": d.rule,
                 "skipped_why": None,

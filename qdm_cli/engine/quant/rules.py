@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models import layer_roles
+from qdm_cli.engine.models.concats import shortcut_splits
 from qdm_cli.engine.quant.config import QuantizeSpec, RoleMatch, Rule
 from qdm_cli.engine.quant.state import LayerDecision
 
@@ -45,13 +47,17 @@ def resolve(denoiser: nn.Module, quantize: QuantizeSpec) -> list[LayerDecision]:
         raise InputError(f"{type(denoiser).__name__} has no Linear or Conv2d layer, so there is nothing to quantize.")
     rules = [(rule, f"quantize.rules.{index}") for index, rule in enumerate(quantize.rules)]
     rules += [(rule, rule.why or quantize.policy) for rule in POLICIES[quantize.policy]]
+    splits = shortcut_splits(denoiser) if quantize.split_shortcuts else {}
     hits = dict.fromkeys((label for _, label in rules), 0)
     decisions = []
     for name, module in modules.items():
         matching = next(((rule, label) for rule, label in rules if _matches(rule, name, module, roles[name])), None)
         if matching:
             hits[matching[1]] += 1
-        decisions.append(_decide(name, module, roles[name], quantize, matching))
+        decision = _decide(name, module, roles[name], quantize, matching)
+        # group scales are per input range already
+        splits_it = decision.skipped_why is None and decision.granularity != "group"
+        decisions.append(replace(decision, split=splits.get(name)) if splits_it else decision)
     for index, rule in enumerate(quantize.rules):
         # an earlier rule may have taken all its layers: that is a rule without effect, not a misspelt one
         if not any(_matches(rule, name, module, roles[name]) for name, module in modules.items()):

@@ -8,7 +8,7 @@ import torch
 
 from qdm_cli.engine.diffusion.trajectories import timestep_of
 from qdm_cli.engine.errors import GateFailed
-from qdm_cli.engine.quant.calibration import run_denoiser, watched_inputs
+from qdm_cli.engine.quant.calibration import input_parts, join_parts, parts_of, run_denoiser, watched_inputs
 from qdm_cli.engine.quant.grid import IntGrid, QParams, qparams_from_range
 
 if TYPE_CHECKING:
@@ -48,13 +48,21 @@ def running_tables(pair: Pair, chosen: dict[str, LayerDecision], seed: int) -> d
 
     The calls are taken in random order: in sampling order the average would forget all steps but the last.
     """
+
+    def note(name: str, x: torch.Tensor) -> None:
+        decision = static[name]
+        for part, values in zip(parts_of(decision), input_parts(x, decision), strict=True):
+            averages.update(part, row if decision.timestep_aware else 0, values)
+
     static = {name: d for name, d in chosen.items() if d.bits_a is not None and d.act_mode == "static"}
     averages, keys = Averages(), pair.step.keys
     for arguments in pair.calls.shuffled(seed):
         row = int((keys - timestep_of(arguments)).abs().argmin())
-        with watched_inputs(pair.student, static, lambda name, x, row=row: averages.update(name, row * static[name].timestep_aware, x)):
+        with watched_inputs(pair.student, static, note):
             run_denoiser(pair.student, arguments)
-    return {
-        name: averages.params(name, len(keys) if d.timestep_aware else 1, IntGrid(d.bits_a or 8), symmetric=d.act_symmetric)
-        for name, d in static.items()
-    }
+    return {name: _joined(averages, decision, len(keys) if decision.timestep_aware else 1) for name, decision in static.items()}
+
+
+def _joined(averages: Averages, decision: LayerDecision, rows: int) -> QParams:
+    grid = IntGrid(decision.bits_a or 8)
+    return join_parts([averages.params(part, rows, grid, symmetric=decision.act_symmetric) for part in parts_of(decision)])

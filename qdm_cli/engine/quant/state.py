@@ -31,6 +31,8 @@ class LayerDecision:
         granularity: of the weight scale; group_size counts inputs per group (along K or I).
         act_mode: static or dynamic (per token, at run time).
         timestep_aware: one activation scale and zero point per row of the step table.
+        split: inputs of the first of two concatenated tensors, which are quantized apart; None = one range. The weight then has scales
+            [O, 2] whatever the granularity, and activation tables are [R, 2].
         rule: the rule that decided, as shown to people.
         skipped_why: not None = the layer stays in full precision, for this reason; the fields above are then meaningless.
     """
@@ -47,8 +49,14 @@ class LayerDecision:
     act_mode: Literal["static", "dynamic"] = "static"
     act_symmetric: bool = False
     timestep_aware: bool = False
+    split: int | None = None
     rule: str = ""
     skipped_why: str | None = None
+
+    @property
+    def input_halves(self) -> tuple[int, ...]:
+        """Inputs of each separately quantized part."""
+        return (self.shape[1],) if self.split is None else (self.split, self.shape[1] - self.split)
 
     @property
     def numel(self) -> int:
@@ -64,10 +72,10 @@ class LayerState:
 
     Attributes:
         codes: int8, the weight's shape.
-        weight_scale: f32 [O], or [O, G] with groups of `group_size` inputs (a per-tensor scale is repeated to [O]).
+        weight_scale: f32 [O], or [O, G] with groups of `group_size` inputs, or [O, 2] when split (a per-tensor scale is repeated to [O]).
         weight_zero_point: int8, like weight_scale. w = (codes - zero_point) * scale.
         bias: f32 [O] or None.
-        act_scale: f32 [R] or [1]; None = float or dynamic activations.
+        act_scale: f32 [R] or [1], [R, 2] or [1, 2] when split; None = float or dynamic activations.
         act_zero_point: int8, like act_scale. x ~ (q - zero_point) * scale.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from qdm_cli.engine.quant.state import LayerDecision
 
 INT32_MAX = 2**31 - 1
+PARTS = ("deep", "skip")
+"""Names of the halves of a split layer: deep features come first in the concatenation, skip features second."""
 
 Shape = tuple[int, ...]
 
@@ -32,6 +34,7 @@ class LayerSpec:
         symmetric, act_symmetric: no zero point is stored.
         act: static, dynamic (measured per token or per image), or None with float activations.
         rows: rows of the activation tables; 1 = the same for every step; 0 = no table.
+        split: inputs of the first of two packed halves, each with scales of its own; None = one range.
     """
 
     kind: Literal["linear", "conv2d"]
@@ -50,6 +53,21 @@ class LayerSpec:
     act_symmetric: bool = False
     rows: int = 0
     bias: bool = True
+    split: int | None = None
+
+    @property
+    def halves(self) -> tuple[LayerSpec, LayerSpec]:
+        """The two layers that a split one is the sum of; the second has the bias.
+
+        Raises:
+            ValueError: not split, or grouped.
+        """
+        if self.split is None or not 0 < self.split < self.inputs or self.groups != 1:
+            raise ValueError(f"{self.inputs} inputs in {self.groups} groups cannot be split at {self.split}")
+        return (
+            replace(self, inputs=self.split, split=None, bias=False),
+            replace(self, inputs=self.inputs - self.split, split=None),
+        )
 
     @property
     def weight_shape(self) -> Shape:
@@ -63,7 +81,7 @@ class LayerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON fields, `in` and `out` by their short names, defaults of the geometry left out."""
-        optional = {"kernel", "stride", "padding", "dilation", "groups"}
+        optional = {"kernel", "stride", "padding", "dilation", "groups", "split"}
         defaults = {f.name: f.default for f in fields(self)}
         kept = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in optional or v != defaults[k]}
         return {"kind": kept.pop("kind"), "in": kept.pop("inputs"), "out": kept.pop("outputs"), **kept}
@@ -107,12 +125,19 @@ class LayerSpec:
             act_symmetric=decision.act_symmetric,
             rows=(rows if decision.timestep_aware else 1) if static else 0,
             bias=layer.bias is not None,
+            split=decision.split,
             **(_geometry(decision, layer) if decision.type == "Conv2d" else {}),
         )
         return _checked(spec, decision.name)
 
     def tensors(self) -> dict[str, tuple[str, Shape]]:
-        """Stored tensors: name -> (safetensors dtype, shape). Codes lie in rows of K = kh * kw * I, taps outermost."""
+        """Stored tensors: name -> (safetensors dtype, shape). Codes lie in rows of K = kh * kw * I, taps outermost.
+
+        Those of a split layer are named `deep.*` and `skip.*` (`PARTS`).
+        """
+        if self.split is not None:
+            halves = zip(PARTS, self.halves, strict=True)
+            return {f"{part}.{name}": entry for part, half in halves for name, entry in half.tensors().items()}
         codes = ("U8", (self.outputs, padded_length(self.terms) // 2)) if self.bits_w <= 4 else ("I8", (self.outputs, self.terms))
         scale_shape = (self.outputs,) if self.group is None else (self.outputs, self.weight_shape[1] // self.group)
         table: dict[str, tuple[str, Shape]] = {"weight": codes, "weight_scale": ("F32", scale_shape)}

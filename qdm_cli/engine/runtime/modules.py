@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from qdm_kernels.exact import value_range
 from qdm_kernels.layout import pack_weight, unpack_weight
 from qdm_kernels.linear_w8a8 import op as linear_op
 from qdm_kernels.quantize.op import quantize
+
+if TYPE_CHECKING:
+    from qdm_cli.engine.runtime.split import PackedSplit
 
 _TORCH_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
 _BUFFERS = ("weight", "weight_scale", "weight_zero_point", "bias", "act_scale", "act_zero_point")
@@ -345,12 +348,16 @@ class PackedConv2d(PackedLayer):
         return value.reshape(-1, 1, 1)
 
 
-def packed_from_spec(spec: LayerSpec, *, device: str | torch.device = "meta") -> PackedLayer:
+def packed_from_spec(spec: LayerSpec, *, device: str | torch.device = "meta") -> PackedLayer | PackedSplit:
     """An empty packed layer."""
+    if spec.split is not None:
+        from qdm_cli.engine.runtime.split import PackedSplit
+
+        return PackedSplit(spec, device=device)
     return (PackedLinear if spec.kind == "linear" else PackedConv2d)(spec, device=device)
 
 
-def packed_from_state(state: LayerState, original: nn.Module, rows: int) -> PackedLayer:
+def packed_from_state(state: LayerState, original: nn.Module, rows: int) -> PackedLayer | PackedSplit:
     """A packed layer that holds the codes and scales of `state`.
 
     Args:
@@ -361,13 +368,23 @@ def packed_from_state(state: LayerState, original: nn.Module, rows: int) -> Pack
         InputError: the layer has no integer form (`LayerSpec.of`).
         ValueError: codes outside their bits, or tables that do not fit the decision.
     """
-    spec = LayerSpec.of(state.decision, original, rows)
-    layer = packed_from_spec(spec)
+    layer = packed_from_spec(LayerSpec.of(state.decision, original, rows))
+    for part, half in [(layer, state)] if isinstance(layer, PackedLayer) else layer.parts(state):
+        fill_(part, half)
+    return layer
+
+
+def fill_(layer: PackedLayer, state: LayerState) -> None:
+    """Pack the codes of `state` and put them and its scales into a layer.
+
+    Raises:
+        ValueError: codes outside their bits, or tables that do not fit.
+    """
+    spec = layer.spec
     stored = state.codes if spec.kind == "linear" else state.codes.permute(0, 2, 3, 1).flatten(1)
     values = {"weight": pack_weight(stored.contiguous(), spec.bits_w)} | {k: getattr(state, k) for k in _BUFFERS if k != "weight"}
     for name in spec.tensors():
         layer.load_buffer_(name, values[name])
-    return layer
 
 
 def pack_denoiser_(denoiser: nn.Module, state: QuantState, mode: Mode = "exact") -> StepContext:

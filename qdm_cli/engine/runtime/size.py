@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from qdm_cli.engine.runtime.layer import PARTS as HALVES
 from qdm_cli.engine.runtime.layer import LayerSpec, Shape
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ def tensor_table(decisions: Iterable[LayerDecision], denoiser: nn.Module, rows: 
         for leaf in ("weight", "bias"):
             table.pop(f"{decision.name}.{leaf}", None)
         own = spec.tensors()
-        if "bias" in own:
-            own["bias"] = (float_dtype, own["bias"][1])
+        own = {leaf: (float_dtype if leaf.endswith("bias") else dtype, shape) for leaf, (dtype, shape) in own.items()}
         table |= {f"{decision.name}.{leaf}": entry for leaf, entry in own.items()}
     return table
 
@@ -57,10 +57,17 @@ def bytes_by_part(table: Table, decisions: Iterable[LayerDecision]) -> dict[str,
     quantized = {decision.name for decision in decisions} - skipped
     parts = dict.fromkeys(PARTS, 0)
     for name, entry in table.items():
-        module, _, leaf = name.rpartition(".")
+        module, leaf = owner_of(name, quantized)
         parts[_part(leaf) if module in quantized else "skipped_layers" if module in skipped else "other_parameters"] += nbytes(entry)
     parts["header"] = header_bytes(table)
     return parts
+
+
+def owner_of(tensor: str, quantized: Container[str]) -> tuple[str, str]:
+    """(layer, leaf) of a stored tensor; a split layer owns the tensors of its halves."""
+    module, _, leaf = tensor.rpartition(".")
+    parent, _, part = module.rpartition(".")
+    return (parent if part in HALVES and parent in quantized else module), leaf
 
 
 def _part(leaf: str) -> str:

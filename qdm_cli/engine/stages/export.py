@@ -24,7 +24,7 @@ from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime import folder as writer
 from qdm_cli.engine.runtime.card import model_card
 from qdm_cli.engine.runtime.selfcheck import Arguments, Export, check_export, run_probe
-from qdm_cli.engine.runtime.size import Table, bytes_by_part, nbytes, tensor_table
+from qdm_cli.engine.runtime.size import Table, bytes_by_part, nbytes, owner_of, tensor_table
 
 if TYPE_CHECKING:
     from qdm_cli.engine.artifact import Artifact
@@ -188,6 +188,6 @@ def _layers_with_bytes(state: QuantState, table: Table) -> list[dict[str, Any]]:
     """Layer rows with the bytes that each takes in the file."""
     own: dict[str, int] = {}
     for name, entry in table.items():
-        module = name.rpartition(".")[0]
+        module = owner_of(name, state.layers)[0]
         own[module] = own.get(module, 0) + nbytes(entry)
     return [{**row, "bytes": own.get(row["name"], 0)} for row in layer_rows(state)]

@@ -19,7 +19,15 @@ def decisions_of(state) -> list:
 
 
 @pytest.mark.parametrize(
-    "policy", [{}, {"bits_w": 8, "symmetric": True}, {"bits_a": None}, {"act_mode": "dynamic"}, {"bits_w": 3, "bits_a": 3}]
+    "policy",
+    [
+        {},
+        {"bits_w": 8, "symmetric": True},
+        {"bits_a": None},
+        {"act_mode": "dynamic"},
+        {"bits_w": 3, "bits_a": 3},
+        {"skip": "attn", "split": True},
+    ],
 )
 def test_predicted_bytes_are_those_of_the_file(policy: dict, tmp_path: Path, tiny_unet, make_state) -> None:
     state = make_state(tiny_unet, **policy)

@@ -70,6 +70,24 @@ def test_an_export_is_checked_in_a_fresh_process_and_equals_the_simulation(bench
     assert not any(path.suffix == ".bin" for path in bench.out.rglob("*"))
 
 
+def test_split_shortcuts_are_two_packed_halves(tmp_path: Path, make_state) -> None:
+    bench = Bench(tmp_path, make_state, skip="attn", split=True)
+    result = bench.export(component_only=True)
+    assert result.metrics["selfcheck_rel_rms"] <= 1e-5
+    modules = json.loads((bench.out / "config.json").read_text())["quantization_config"]["modules"]
+    splits = {name: fields["split"] for name, fields in modules.items() if "split" in fields}
+    assert splits and splits == {name: layer.decision.split for name, layer in bench.state.layers.items() if layer.decision.split}
+    tensors = load_file(bench.out / "diffusion_pytorch_model.safetensors")
+    rows = {row["name"]: row for row in result.layers}
+    for name, split in splits.items():
+        own = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        assert {key.split(".")[-2] for key in own} == {"deep", "skip"}
+        assert rows[name]["split"] == split
+        assert rows[name]["bytes"] == sum(value.numel() * value.element_size() for value in own.values())
+    files = bench.out.rglob("*")
+    assert sum(result.bytes_by_part.values()) == sum(path.stat().st_size for path in files if path.is_file() and path.name != "README.md")
+
+
 def test_the_folder_describes_itself(bench: Bench) -> None:
     result = bench.export(verify=False)
     index = json.loads((bench.out / "model_index.json").read_text())
