@@ -65,7 +65,7 @@ def _show(console: Console, made: Plan) -> None:
             console.print(table)
             console.print()
     facts = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in _facts(made):
+    for name, value in [*_facts(made), *(("note", note) for note in made.notes)]:
         facts.add_row(name, Text(value))
     console.print(facts)
 

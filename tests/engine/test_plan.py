@@ -112,7 +112,7 @@ def test_calls_of_calibrate_are_counted(tmp_path: Path, monkeypatch: pytest.Monk
     ctx.payload.mkdir()
     ctx.resume.mkdir()
     calibrate(planned.calibrate, None, ctx)
-    calls = denoiser_calls(planned)
+    calls = denoiser_calls(planned, 78)
     assert len(counted) == sum(phase.count for phase in calls)
     assert max(counted) == max(phase.images for phase in calls)
 
@@ -124,7 +124,7 @@ def test_calls_of_training_and_evaluation() -> None:
         export={},
         evaluate={"samples": 100, "batch": 64, "suites": ["fidelity", {"method": "cost", "repeats": 5, "batch": 2}]},
     )
-    found = {(phase.stage, phase.phase): phase for phase in denoiser_calls(planned)}
+    found = {(phase.stage, phase.phase): phase for phase in denoiser_calls(planned, 78)}
     assert found["finetune", "training"].count == 90
     assert found["finetune", "trajectories"].count == 10 * (9 + 1)
     assert found["evaluate", "images"].count == 2 * 2 * 10

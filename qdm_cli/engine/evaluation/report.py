@@ -29,6 +29,11 @@ def _environment() -> Any:
     )
 
 
+def template(name: str) -> Any:
+    """A page of this package by file name; in .html everything that is filled in is escaped."""
+    return _environment().get_template(name)
+
+
 def number(value: Any, unit: str = "") -> str:
     """Four significant digits with the unit; a dash for null."""
     if value is None:
@@ -43,13 +48,13 @@ def render_html(result: Evaluation, pictures: dict[str, bytes]) -> str:
     """The page; `pictures` are PNG files by name (`grid`, `timesteps`, `layers`), put into it as data."""
     inline = {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()}
     absent = dict.fromkeys(("grid", "timesteps", "layers"))
-    return _environment().get_template("report.html").render(**_content(result), pictures={**absent, **inline})
+    return template("report.html").render(**_content(result), pictures={**absent, **inline})
 
 
 def render_markdown(result: Evaluation, pictures: dict[str, bytes]) -> str:
     """The comment; pictures are named by file, beside it."""
     files = [(name, f"{name}.png") for name in pictures]
-    return _environment().get_template("report.md").render(**_content(result), files=files)
+    return template("report.md").render(**_content(result), files=files)
 
 
 def _content(result: Evaluation) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qdm_cli.engine.evaluation.config import CostSuite
 from qdm_cli.engine.evaluation.cost import WARM_UP
+from qdm_cli.engine.evaluation.sensitivity import TIMESTEPS
 from qdm_cli.engine.evaluation.session import TRACE_SAMPLES
 
 if TYPE_CHECKING:
@@ -34,8 +36,12 @@ class Calls:
     training: bool = False
 
 
-def denoiser_calls(recipe: Recipe) -> list[Calls]:
-    """All phases of a recipe that call the denoiser. A sampler with two calls per step (Heun) is counted as one."""
+def denoiser_calls(recipe: Recipe, layers: int) -> list[Calls]:
+    """All phases of a recipe that call the denoiser. A sampler with two calls per step (Heun) is counted as one.
+
+    Args:
+        layers: Linear and Conv2d layers of the denoiser.
+    """
     steps = recipe.sampler.steps
     found: list[Calls] = []
     if recipe.calibrate is not None:
@@ -43,6 +49,7 @@ def denoiser_calls(recipe: Recipe) -> list[Calls]:
         found.append(Calls("calibrate", "trajectories", ceil(data.samples / data.batch) * steps, min(data.batch, data.samples)))
         static = recipe.quantize.activations is not None and recipe.quantize.activations.mode == "static"
         found.append(Calls("calibrate", "ranges", steps * ceil(own / data.batch) if static else 0, min(own, data.batch)))
+        found += _sensitivity(recipe.calibrate, steps, layers)
     if recipe.finetune is not None:
         cfg = recipe.finetune
         train_steps = cfg.sampler.steps or steps
@@ -54,6 +61,15 @@ def denoiser_calls(recipe: Recipe) -> list[Calls]:
     if recipe.evaluate is not None:
         found += _evaluation(recipe, steps)
     return [calls for calls in found if calls.count]
+
+
+def _sensitivity(spec: Any, steps: int, layers: int) -> Iterator[Calls]:
+    """Per width the captured calls once, each layer computed three times; end to end one sampling per layer and width, and one without."""
+    widths, samples = len(spec.sensitivity_bits), spec.sensitivity_samples
+    if spec.sensitivity != "off":
+        yield Calls("calibrate", "sensitivity", 3 * widths * min(TIMESTEPS, steps), min(samples, spec.data.batch))
+    if spec.sensitivity == "end_to_end":
+        yield Calls("calibrate", "sensitivity of the image", (layers * widths + 1) * steps, samples)
 
 
 def _evaluation(recipe: Recipe, steps: int) -> list[Calls]:

@@ -18,6 +18,7 @@ from qdm_cli.engine.errors import EnvironmentProblem, InputError, OutOfMemory, Q
 from qdm_cli.engine.models import meta_denoiser
 from qdm_cli.engine.models.folder import read_index
 from qdm_cli.engine.models.source import resolve_source
+from qdm_cli.engine.plan.auto import with_auto
 from qdm_cli.engine.plan.calls import Calls, denoiser_calls
 from qdm_cli.engine.plan.inputs import CallShape, call_shape
 from qdm_cli.engine.plan.memory import Estimate, calibrate_estimate, finetune_estimate
@@ -48,6 +49,7 @@ class Plan:
         memory: peak bytes of calibrate and finetune on the CPU, by part.
         missing: weights to download.
         failures: what would stop it, with the exit code.
+        notes: what the plan cannot know yet, and what it took for granted.
     """
 
     model: dict[str, Any]
@@ -61,6 +63,7 @@ class Plan:
     memory: dict[str, dict[str, int]]
     missing: list[Missing]
     failures: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def total_bytes(self) -> int:
@@ -92,8 +95,9 @@ def make_plan(recipe: Recipe, *, measure: bool = False, offline: bool = False, s
     component, denoiser, pipeline_class = meta_denoiser(recipe.model, smoke=smoke, offline=offline)
     decisions = resolve(denoiser, recipe.quantize)
     rows = _rows(recipe, decisions)
+    decisions, notes = with_auto(recipe, component, denoiser, decisions, rows, smoke=smoke)
     missing = missing_weights(recipe, smoke=smoke, offline=offline)
-    phases = denoiser_calls(recipe)
+    phases = denoiser_calls(recipe, len(decisions))
     shapes = {(c.stage, c.phase): call_shape(recipe, denoiser, pipeline_class, c.images, smoke=smoke) for c in phases}
     memory = _memory(recipe, denoiser, decisions, shapes, _other_bytes(recipe, component, smoke=smoke))
     target = recipe.export.target if recipe.export else "none"
@@ -117,6 +121,7 @@ def make_plan(recipe: Recipe, *, measure: bool = False, offline: bool = False, s
         memory={stage: estimate.to_dict() for stage, estimate in memory.items()},
         missing=missing,
         failures=[_failure(error) for error in _failures(recipe, missing, memory, offline=offline)],
+        notes=notes,
     )
 
 

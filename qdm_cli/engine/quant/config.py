@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from qdm_cli.engine.spec import Spec
+from qdm_cli.engine.spec import Bytes, Spec
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Role = Literal[
@@ -92,6 +92,20 @@ class Rule(Spec):
     """Reason shown in `plan` and the manifest."""
 
 
+class AutoBits(Spec):
+    """Bits of the weights that no rule decides, from the sensitivity table, under one budget. Activations keep the policy's bits."""
+
+    effective_bits: float | None = Field(None, gt=0, le=16)
+    """Mean bits of a Linear or Conv2d weight over the whole denoiser; layers in full precision count 16. Or give max_size."""
+    max_size: Bytes | None = Field(None, gt=0)
+    """Size of the exported denoiser's weight file, exact for the target qdm, whose codes take 4 or 8 bits. Or give effective_bits."""
+    by: Literal["auto", "output", "image"] = "auto"
+    """The error that is kept small: output = squared relative errors of the layers' outputs, summed; image = squared errors of the final
+    latent, summed (needs calibrate.sensitivity end_to_end); auto = image where the table has it."""
+    table: str | None = None
+    """A sensitivity.json or the artifact that holds one; null = the one that this calibrate measures."""
+
+
 class QuantizeSpec(Spec):
     """The bit policy; read by calibrate, finetune and export."""
 
@@ -104,6 +118,8 @@ class QuantizeSpec(Spec):
     (Q-Diffusion); no effect on models without such shortcuts and on group scales."""
     rules: tuple[Rule, ...] = ()
     """Exceptions, before those of `policy`."""
+    auto: AutoBits | None = None
+    """Bits per layer from the sensitivity table, for the layers that neither a rule nor the policy decides; null = the policy's bits."""
     policy: Literal["efficientdm", "edges-w8", "all"] = "efficientdm"
     """Rules that follow the recipe's own. efficientdm = input, output and time embedding at 8 bits, shortcuts and down-sampling in full
     precision (the paper); edges-w8 = all of these and the time projections with 8-bit weights and float activations, which keeps the path

@@ -16,6 +16,8 @@ from qdm_cli.engine.quant.state import LayerDecision
 
 # int32 accumulators of signed 8-bit products hold at most this many terms (kernels spec 7)
 LARGEST_K = 131_071
+DEFAULT_RULE = "quantize"
+"""`LayerDecision.rule` of layers that neither a rule nor the policy names."""
 
 _EDGES = ("input", "output", "time_embedding", "class_embedding")
 POLICIES: dict[str, tuple[Rule, ...]] = {
@@ -94,7 +96,7 @@ def _unmatched(index: int, rule: Rule, names: list[str], roles: set[str]) -> Inp
 
 
 def _decide(name: str, module: nn.Module, role: str, quantize: QuantizeSpec, matching: tuple[Rule, str] | None) -> LayerDecision:
-    rule, label = matching or (Rule(match="*"), "quantize")
+    rule, label = matching or (Rule(match="*"), DEFAULT_RULE)
     shape = tuple(module.weight.shape)
     kind = _kind(module)
     if rule.skip:

@@ -10,6 +10,7 @@ from qdm_cli.engine.evaluation.gates import parse_conditions
 from qdm_cli.engine.evaluation.names import of_suites
 from qdm_cli.engine.methods import METHODS
 from qdm_cli.engine.quant.config import QuantizeSpec, RoleMatch, Rule
+from qdm_cli.engine.quant.sensitivity import NO_TABLE
 from qdm_cli.engine.recipe.errors import Finding
 from qdm_cli.engine.recipe.schema import Recipe
 from qdm_cli.engine.recipe.source import Document
@@ -25,7 +26,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 def cross_checks(recipe: Recipe) -> list[Finding]:
     """Everything that the schema alone cannot see."""
-    return [*_quantize(recipe.quantize), *_suites(recipe), *_fail_if(recipe), *_device(recipe)]
+    return [*_quantize(recipe.quantize), *_auto(recipe), *_suites(recipe), *_fail_if(recipe), *_device(recipe)]
 
 
 def empty_stages(text: str, document: Document) -> list[Finding]:
@@ -54,6 +55,21 @@ def _quantize(quantize: QuantizeSpec) -> Iterator[Finding]:
     for index, rule in enumerate(quantize.rules):
         for name, message in _rule(rule, quantize):
             yield Finding(("quantize", "rules", index, *name.split(".")), message)
+
+
+def _auto(recipe: Recipe) -> Iterator[Finding]:
+    auto, path = recipe.quantize.auto, ("quantize", "auto")
+    if auto is None:
+        return
+    if (auto.effective_bits is None) == (auto.max_size is None):
+        yield Finding(path, "needs effective_bits or max_size, and not both")
+    if auto.max_size is not None and recipe.export is not None and recipe.export.target == "dequantized":
+        yield Finding((*path, "max_size"), "has no effect with export.target dequantized, whose weights are floats")
+    measured = "off" if recipe.calibrate is None else recipe.calibrate.sensitivity
+    if recipe.calibrate is not None and auto.table is None and measured == "off":
+        yield Finding(path, NO_TABLE)
+    elif auto.by == "image" and auto.table is None and measured != "end_to_end":
+        yield Finding((*path, "by"), "image needs calibrate.sensitivity end_to_end")
 
 
 def _rule(rule: Rule, quantize: QuantizeSpec) -> Iterator[tuple[str, str]]:

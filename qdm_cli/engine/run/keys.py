@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qdm_cli.engine.artifact import SCHEMA, Artifact, hash_json
+from qdm_cli.engine.artifact import SCHEMA, Artifact, hash_file, hash_json
 from qdm_cli.engine.errors import InputError
+from qdm_cli.engine.quant.sensitivity import SENSITIVITY_FILE
 from qdm_cli.engine.recipe.schema import Recipe
 
 ORDER = ("calibrate", "finetune", "export", "evaluate")
@@ -41,10 +42,18 @@ def stage_key(stage: str, recipe: Recipe, *, parent: str | None, base_model: str
     dump = recipe.model_dump(mode="json")
     sections = {name: dump[name] for name in READS[stage]}
     own = {name: value for name, value in (dump[stage] or {}).items() if name not in NO_EFFECT}
+    if "quantize" in sections and recipe.quantize.auto is not None and (table := recipe.quantize.auto.table):
+        sections["quantize"] = {**sections["quantize"], "table_sha256": _table_hash(Path(table).expanduser())}
     if Path(recipe.model.id).exists():  # a folder is the same model wherever it lies
         sections["model"] = {name: value for name, value in sections["model"].items() if name != "id"}
     facts = {"stage": stage, "sections": sections, "own": own, "parent": parent, "base_model": base_model, "smoke": smoke}
     return hash_json({**facts, "qdm": ".".join(version.split(".")[:2]), "schema": SCHEMA})
+
+
+def _table_hash(path: Path) -> str | None:
+    """Content of a sensitivity table; None = not there, which the stage says."""
+    path = path / SENSITIVITY_FILE if path.is_dir() else path
+    return hash_file(path) if path.is_file() else None
 
 
 def check_source(source: Artifact, recipe: Recipe, *, base_model: str, smoke: bool) -> None:

@@ -13,6 +13,7 @@ _LIMITS: dict[str, int] = {
     "calibrate.data.samples": SAMPLES,
     "calibrate.data.batch": BATCH,
     "calibrate.samples_per_step": SAMPLES,
+    "calibrate.sensitivity_samples": 2,
     "finetune.iterations": UPDATES,
     "finetune.batch_size": BATCH,
     "finetune.accumulate": 1,
@@ -34,6 +35,8 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
         _cap(data, path.split("."), limit)
     data["sampler"]["size"] = None
     data["model"] |= {"dtype": "float32", "loras": ()}
+    if data["quantize"]["auto"] and data["quantize"]["auto"]["max_size"]:
+        data["quantize"]["auto"] = None
     if data["evaluate"]:
         data["evaluate"] |= {"fail_if": (), "against": "base", "weights": {}}
         for suite in data["evaluate"]["suites"]:

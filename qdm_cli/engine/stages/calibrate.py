@@ -6,13 +6,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdm_cli.engine.artifact import write_json, write_text
 from qdm_cli.engine.context import StageResult
 from qdm_cli.engine.diffusion.sampling import generate, prompts_for
 from qdm_cli.engine.diffusion.trajectories import TrajectoryStore, TrajectoryWriter, batch_done, captured_calls, write_index
+from qdm_cli.engine.errors import InputError
+from qdm_cli.engine.evaluation.auto_bits import decide, size_of, table_rows, with_rules
+from qdm_cli.engine.evaluation.sensitivity import measure
+from qdm_cli.engine.evaluation.sensitivity_page import render_page
 from qdm_cli.engine.methods import function_of
 from qdm_cli.engine.models import LoadedPipeline, load_pipeline
 from qdm_cli.engine.quant.report import layer_rows, weight_metrics
 from qdm_cli.engine.quant.rules import resolve
+from qdm_cli.engine.quant.sensitivity import NO_TABLE, SENSITIVITY_FILE, SENSITIVITY_PAGE, read_sensitivity
 from qdm_cli.engine.quant.state import write_state
 
 CALIBRATION_START = 1_000_000
@@ -21,6 +27,7 @@ CALIBRATION_START = 1_000_000
 if TYPE_CHECKING:
     from qdm_cli.engine.artifact import Artifact
     from qdm_cli.engine.context import RunContext
+    from qdm_cli.engine.quant.state import LayerDecision
 
 
 def calibrate(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResult:
@@ -38,18 +45,52 @@ def calibrate(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResul
     started = time.monotonic()
     folder = capture(loaded, spec, ctx)
     captured = time.monotonic()
-    state = function_of(spec)(loaded.denoiser, spec, ctx, decisions=decisions, store=TrajectoryStore(folder))
+    store = TrajectoryStore(folder)
+    decisions, chosen = choose_bits(loaded, decisions, spec, ctx, store)
+    measured = time.monotonic()
+    state = function_of(spec)(loaded.denoiser, spec, ctx, decisions=decisions, store=store)
     write_state(ctx.payload, state)
     folder.rename(ctx.payload / "trajectories")
     return StageResult(
         layers=layer_rows(state),
         sampler=recipe.sampler.model_dump(mode="json"),
-        metrics=weight_metrics(loaded.denoiser, state),
+        metrics=weight_metrics(loaded.denoiser, state) | chosen,
         base_model=loaded.identity,
         seeds={"trajectories": recipe.seed},
-        seconds={"trajectories": captured - started, "ranges": time.monotonic() - captured},
+        seconds={"trajectories": captured - started, "sensitivity": measured - captured, "ranges": time.monotonic() - measured},
         simulated=True,
     )
+
+
+def choose_bits(
+    loaded: LoadedPipeline, decisions: list[LayerDecision], spec: Any, ctx: RunContext, store: TrajectoryStore
+) -> tuple[list[LayerDecision], dict[str, Any]]:
+    """Measure and publish the sensitivity table, and let `quantize.auto` decide from it.
+
+    Returns:
+        Decisions of all layers, and metrics of the choice (empty without `quantize.auto`).
+
+    Raises:
+        InputError: there is no table, it is of another model, or the budget is too small.
+    """
+    auto = ctx.recipe.quantize.auto
+    table = measure(loaded, decisions, spec, ctx, store) if spec.sensitivity != "off" else None
+    chosen: dict[str, Any] = {}
+    if auto is not None:
+        used = read_sensitivity(auto.table) if auto.table else table
+        if used is None:
+            raise InputError(NO_TABLE, path="quantize.auto")
+        if used.model != loaded.identity["digest"]:
+            raise InputError(f"{auto.table} was measured on another model", path="quantize.auto.table")
+        result = decide(decisions, auto, used, loaded.denoiser, table_rows(ctx.recipe), size_of(loaded.denoiser, ctx.recipe))
+        decisions, chosen = result.decisions, result.metrics
+        ctx.events.log(f"quantize.auto: {result.used:,.6g} of {result.budget:,.6g}, by the error of the {result.by}")
+        write_json(ctx.payload / "auto.json", {**result.metrics, "by": result.by, "rules": result.rules})
+        table = table and with_rules(table, result)
+    if table is not None:
+        write_json(ctx.payload / SENSITIVITY_FILE, table.model_dump(mode="json", by_alias=True))
+        write_text(ctx.payload / SENSITIVITY_PAGE, render_page(table))
+    return decisions, chosen
 
 
 def capture(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Path:
