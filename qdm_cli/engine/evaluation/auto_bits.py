@@ -129,7 +129,9 @@ def _by_mean_bits(
     found = allocate(choices, int(wanted * total) - fixed)
     if found is None:
         least = (fixed + sum(min(choice.cost for choice in layer) for layer in choices)) / total
-        raise InputError(f"the layers cannot come below {least:.3f} bits: {_fixed_words(fixed, total)}", path="quantize.auto.effective_bits")
+        raise InputError(
+            f"the layers cannot come below {least:.3f} bits: {_fixed_words(fixed, total)}", path="quantize.auto.effective_bits"
+        )
     return _result(decisions, free, found, by, wanted, (fixed + found.cost) / total)
 
 

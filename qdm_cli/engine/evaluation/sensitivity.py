@@ -20,11 +20,11 @@ from qdm_cli.engine.artifact import write_json
 from qdm_cli.engine.diffusion.prompts import prompts_for
 from qdm_cli.engine.diffusion.sampling import generate
 from qdm_cli.engine.diffusion.step_context import StepContext
-from qdm_cli.engine.diffusion.trajectories import TrajectoryStore, sample_tensor, take_samples
+from qdm_cli.engine.diffusion.trajectories import TrajectoryStore
 from qdm_cli.engine.evaluation.subject import weight_of
 from qdm_cli.engine.evaluation.trace import ErrorSum, weight_sqnr_db
-from qdm_cli.engine.quant.calibration import RangeRule, code_layer, run_denoiser
-from qdm_cli.engine.quant.grid import IntGrid, choose_qparams, fake_quantize
+from qdm_cli.engine.quant.calibration import RangeRule, calls_at, code_layer, run_denoiser
+from qdm_cli.engine.quant.grid import IntGrid, RangeMethod, choose_qparams, fake_quantize
 from qdm_cli.engine.quant.modules import CodedWeight, QuantizedLayer, build_layer
 from qdm_cli.engine.quant.sensitivity import LayerErrors, Sensitivity, WidthErrors
 from qdm_cli.engine.quant.state import LayerDecision
@@ -38,11 +38,10 @@ TIMESTEPS = 5
 """Evenly spaced timesteps whose calls are repeated."""
 FIRST_SAMPLE = 2_000_000
 """Index of the first sampled trajectory: its noise is neither that of a calibration sample nor of an evaluated image."""
+_INITS: dict[str, RangeMethod] = {"minmax": "max", "percentile": "percentile"}
 
 
-def measure(
-    loaded: LoadedPipeline, decisions: Sequence[LayerDecision], spec: Any, ctx: RunContext, store: TrajectoryStore
-) -> Sensitivity:
+def measure(loaded: LoadedPipeline, decisions: Sequence[LayerDecision], spec: Any, ctx: RunContext, store: TrajectoryStore) -> Sensitivity:
     """The table of every Linear and Conv2d, those that the policy keeps in full precision included.
 
     Args:
@@ -52,7 +51,7 @@ def measure(
         store: captured calls of the same model.
     """
     own = {decision.name: _candidate(decision, ctx) for decision in decisions}
-    rule = RangeRule(ctx.recipe.quantize.weights.init or {"minmax": "max", "percentile": "percentile"}.get(spec.method, "mse"))
+    rule = RangeRule(ctx.recipe.quantize.weights.init or _INITS.get(spec.method, "mse"))
     calls = _Calls.pick(store, spec.sensitivity_samples)
     widths = sorted(spec.sensitivity_bits)
     tables = {bits: _fast_unit(loaded.denoiser, own, bits, rule, calls, ctx) for bits in widths}
@@ -82,7 +81,10 @@ def _candidate(decision: LayerDecision, ctx: RunContext) -> LayerDecision:
 def _layer(decision: LayerDecision, bits_w: int | None, widths: list[int], tables: dict[int, dict[str, Any]]) -> LayerErrors:
     entries = [tables[bits][decision.name] for bits in widths]
     ranges = entries[0]["input_ranges"]
-    errors = [WidthErrors(bits=bits, **{k: v for k, v in entry.items() if k != "input_ranges"}) for bits, entry in zip(widths, entries, strict=True)]
+    errors = [
+        WidthErrors(bits=bits, **{k: v for k, v in entry.items() if k != "input_ranges"})
+        for bits, entry in zip(widths, entries, strict=True)
+    ]
     return LayerErrors(
         name=decision.name,
         type=decision.type,
@@ -109,15 +111,7 @@ class _Calls:
         known = store.timesteps()
         places = torch.linspace(0, len(known) - 1, min(TIMESTEPS, len(known))).round().long().tolist()
         timesteps = [known[place] for place in places]
-        return cls(timesteps, [_cut(store, timestep, samples) for timestep in timesteps])
-
-
-def _cut(store: TrajectoryStore, timestep: float, samples: int) -> dict[str, Any]:
-    arguments = store.arguments(store.at(timestep)[0])
-    total = int(sample_tensor(arguments).shape[0])
-    # evenly spaced, so that both halves of a guided batch are there
-    rows = torch.linspace(0, total - 1, min(samples, total)).round().long()
-    return take_samples(arguments, rows, total)
+        return cls(timesteps, [call for timestep in timesteps for call in calls_at(store, timestep, samples)])
 
 
 @dataclass

@@ -37,7 +37,8 @@ def render_page(table: Sensitivity) -> str:
 
 def _subtitle(table: Sensitivity) -> str:
     steps = ", ".join(f"{t:g}" for t in table.timesteps)
-    return f"{table.samples} inputs at timesteps {steps}; weight ranges by {table.init}. A frame marks the bits that the policy or quantize.auto gives."
+    measured = f"{table.samples} inputs at timesteps {steps}; weight ranges by {table.init}."
+    return f"{measured} A frame marks the bits that the policy or quantize.auto gives."
 
 
 def _image(entry: WidthErrors) -> float | None:

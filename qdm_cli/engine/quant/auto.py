@@ -89,9 +89,7 @@ _Path = tuple[Choice, "_Path"] | None
 _State = tuple[int, float, _Path]
 
 
-def allocate(
-    layers: Sequence[Sequence[Choice]], budget: int, *, states: int = STATES, tolerance: float = TOLERANCE
-) -> Allocation | None:
+def allocate(layers: Sequence[Sequence[Choice]], budget: int, *, states: int = STATES, tolerance: float = TOLERANCE) -> Allocation | None:
     """The choice per layer with the least summed error and a summed cost of at most `budget`.
 
     Args:
@@ -179,7 +177,7 @@ def _search(
     front: list[_State] = [(0, 0.0, None)]
     lost = inf
     for layer, choices in enumerate(layers):
-        grown = [(cost + c.cost, error + c.error, (c, path)) for cost, error, path in front for c in choices]
+        grown: list[_State] = [(cost + c.cost, error + c.error, (c, path)) for cost, error, path in front for c in choices]
         bounded = [(error + suffixes[layer + 1].bound(budget - cost), cost, error, path) for cost, error, path in _undominated(grown)]
         kept = [entry for entry in bounded if entry[0] < worth]
         if len(kept) > limit:
@@ -189,8 +187,7 @@ def _search(
         front = [(cost, error, path) for _, cost, error, path in kept]
     if not front:
         return None, lost
-    _, error, path = min(front, key=lambda state: state[1])
-    return list(_unwound(path))[::-1], lost
+    return list(_unwound(min(front, key=lambda state: state[1])[2]))[::-1], lost
 
 
 def _undominated(states: list[_State]) -> Iterator[_State]:

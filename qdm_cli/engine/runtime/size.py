@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qdm_cli.engine.quant.state import LayerDecision
 
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FILE_ORDER = ("BOOL", "U8", "I8", "F16", "BF16", "I32", "F32", "F64", "I64")
 PARTS = ("codes", "scales", "step_tables", "biases", "skipped_layers", "other_parameters", "header")
 
 Table = dict[str, tuple[str, Shape]]
@@ -87,7 +88,8 @@ def nbytes(entry: tuple[str, Shape]) -> int:
 def header_bytes(table: Table) -> int:
     """Length of the safetensors header of one file: 8 bytes of length, compact JSON, padded to 8."""
     position, header = 0, dict[str, Any](__metadata__={"format": "pt"})
-    for name, entry in table.items():
+    # the writer lays tensors out by dtype, then name, and the length of the offsets depends on that
+    for name, entry in sorted(table.items(), key=lambda item: (-_FILE_ORDER.index(item[1][0]), item[0])):
         end = position + nbytes(entry)
         header[name] = {"dtype": entry[0], "shape": entry[1], "data_offsets": (position, end)}
         position = end

@@ -141,7 +141,12 @@ def test_the_page_shows_every_layer_and_loads_nothing(bench: Any) -> None:
     assert "Error of the final image" in page and "&lt;b&gt;" in page
     assert not re.search(r"(src|href)=|@import|url\(", page)
     fast = bench.table.model_copy(
-        update={"layers": [row.model_copy(update={"widths": [e.model_copy(update={"image_error": None}) for e in row.widths]}) for row in bench.table.layers]}
+        update={
+            "layers": [
+                row.model_copy(update={"widths": [e.model_copy(update={"image_error": None}) for e in row.widths]})
+                for row in bench.table.layers
+            ]
+        }
     )
     assert "Error of the final image" not in render_page(fast)
 

@@ -73,7 +73,11 @@ def test_the_hull_is_convex_and_lies_below_every_choice(points: list[tuple[int, 
     slopes = [(a.error - b.error) / (b.cost - a.cost) for a, b in itertools.pairwise(hull)]
     assert all(a > b > 0 for a, b in itertools.pairwise([*slopes, *slopes[-1:]][: len(slopes)])) and all(s > 0 for s in slopes)
     for c in choices:
-        below = [a.error + (b.error - a.error) * (c.cost - a.cost) / (b.cost - a.cost) for a, b in itertools.pairwise(hull) if a.cost <= c.cost <= b.cost]
+        below = [
+            a.error + (b.error - a.error) * (c.cost - a.cost) / (b.cost - a.cost)
+            for a, b in itertools.pairwise(hull)
+            if a.cost <= c.cost <= b.cost
+        ]
         assert all(c.error >= error - 1e-9 for error in below)
 
 
