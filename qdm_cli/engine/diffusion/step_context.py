@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+RowMode = Literal["nearest", "linear", "interval"]
+
 
 class StepContext:
     """Maps the `timestep` argument of a denoiser call to rows of per-step tables.
@@ -17,10 +19,11 @@ class StepContext:
 
     Args:
         keys: [R] timesteps of the rows, in any order; None = one row for every step.
-        mode: how a timestep without a row is read: the nearest row, or linear interpolation in t (clamped at the ends).
+        mode: how a timestep without a row is read: the nearest row; linear interpolation in t (clamped at the ends); or `interval`,
+            where a key is the smallest timestep of its row, which holds up to the next key.
     """
 
-    def __init__(self, keys: torch.Tensor | None = None, mode: Literal["nearest", "linear"] = "nearest"):
+    def __init__(self, keys: torch.Tensor | None = None, mode: RowMode = "nearest"):
         if keys is None:
             keys = torch.zeros(1)
         self.keys = keys.detach().double().flatten().cpu()
@@ -60,6 +63,10 @@ class StepContext:
         if t.numel() == 1 or bool((t.flatten() == t.flatten()[0]).all()):
             t = t.flatten()[0]
         keys = self._sorted.to(t.device)
+        if self.mode == "interval":
+            row = torch.searchsorted(keys, t.contiguous(), right=True).sub(1).clamp_min(0)
+            self.lower = self.upper = self._order.to(t.device)[row]
+            return
         right = torch.searchsorted(keys, t.contiguous()).clamp(1, self.rows - 1)
         left = right - 1
         fraction = ((t - keys[left]) / (keys[right] - keys[left]).clamp_min(1e-12)).clamp(0, 1)
@@ -77,7 +84,7 @@ class StepContext:
         if table.shape[0] == 1:
             return table[0]
         low = table[self.lower.to(table.device)]
-        if self.mode == "nearest":
+        if self.mode != "linear":
             return low
         high = table[self.upper.to(table.device)]
         return low + (high - low) * self.fraction.to(table.device)

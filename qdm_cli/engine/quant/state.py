@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 
 from qdm_cli.engine.checkpoint import read_tensors, write_tensors
+from qdm_cli.engine.diffusion.step_context import RowMode
 from qdm_cli.engine.errors import InputError
+from qdm_cli.engine.quant.scale_set import SCALES_FILE, ScaleSet, read_scales, write_scales
 
 STATE_FILE = "quantized.safetensors"
 STATE_SCHEMA = 1
@@ -98,20 +100,22 @@ class QuantState:
         step_keys: f64 [R] timesteps of the rows of all per-step tables; [1] when nothing is timestep-aware.
         row_mode: how a timestep without a row is read.
         floats: parameters outside quantized layers that training changed, by full parameter name.
+        scales: a personalisation, which then replaces the layers' weight scales; None = none.
     """
 
     layers: dict[str, LayerState]
     skipped: tuple[LayerDecision, ...] = ()
     step_keys: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
-    row_mode: Literal["nearest", "linear"] = "nearest"
+    row_mode: RowMode = "nearest"
     floats: dict[str, torch.Tensor] = field(default_factory=dict)
+    scales: ScaleSet | None = None
 
 
 _TENSORS = ("codes", "weight_scale", "weight_zero_point", "bias", "act_scale", "act_zero_point")
 
 
 def write_state(folder: Path, state: QuantState) -> None:
-    """Write `quantized.safetensors` into `folder`."""
+    """Write `quantized.safetensors`, and `scales.safetensors` of a personalisation, into `folder`."""
     tensors = {f"float:{name}": value for name, value in state.floats.items()}
     for name, layer in state.layers.items():
         tensors |= {f"{name}:{key}": value for key in _TENSORS if (value := getattr(layer, key)) is not None}
@@ -123,6 +127,8 @@ def write_state(folder: Path, state: QuantState) -> None:
         "skipped": [asdict(decision) for decision in state.skipped],
     }
     write_tensors(folder / STATE_FILE, tensors, meta)
+    if state.scales is not None:
+        write_scales(folder / SCALES_FILE, state.scales)
 
 
 def read_state(folder: Path) -> QuantState:
@@ -151,6 +157,7 @@ def read_state(folder: Path) -> QuantState:
         step_keys=tensors["step_keys"],
         row_mode=meta["row_mode"],
         floats={name[6:]: value for name, value in tensors.items() if name.startswith("float:")},
+        scales=read_scales(folder) if (folder / SCALES_FILE).exists() else None,
     )
 
 

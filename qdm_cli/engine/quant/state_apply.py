@@ -18,6 +18,10 @@ def apply_state_(denoiser: nn.Module, state: QuantState) -> StepContext:
     Raises:
         InputError: the state belongs to another model.
     """
+    if state.scales is not None:
+        from qdm_cli.engine.quant.scale_layers import build_scaled_
+
+        return build_scaled_(denoiser, state, state.scales).step
     step = StepContext(state.step_keys, state.row_mode)
     for name, layer in state.layers.items():
         original = checked_layer(denoiser, name, layer)

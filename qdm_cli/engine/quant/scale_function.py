@@ -1,0 +1,146 @@
+"""y = s_out * ((x * s_in) (W_q - z)) + bias with codes that stay packed: forward and own backward (TuneQDM; quantization spec 4.2).
+
+A materialised weight costs autograd one float weight per layer; here only x is kept, and u = (x * s_in) (W_q - z) is computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
+
+from qdm_cli.engine.quant.grid import PerChannel, PerGroup, broadcast
+from qdm_kernels.layout import pack_weight, unpack_weight
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """int8 [O, K] or [O, I, kh, kw] -> [O, ceil64(K) / 2] uint8 up to 4 bits, else [O, K] int8."""
+    rows = codes if codes.ndim == 2 else codes.permute(0, 2, 3, 1).flatten(1)
+    return pack_weight(rows.contiguous(), bits)
+
+
+def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of `pack_codes`: int8 of `shape`, contiguous."""
+    outputs, inputs, *kernel = shape
+    rows = unpack_weight(packed, bits, (outputs, inputs * prod(kernel)))
+    return rows.view(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous() if kernel else rows
+
+
+@dataclass(frozen=True)
+class CodedOperand:
+    """An integer weight as the operand of a linear layer or a convolution.
+
+    Attributes:
+        packed: codes as an export stores them: rows of K = kh * kw * I, taps outermost, two to a byte up to 4 bits (`pack_codes`).
+        zero_point: int8 [O], or [O, G] beside `group_scale`.
+        bits: of a code.
+        shape: of the weight, [O, K] or [O, I / groups, kh, kw].
+        group_scale: f32 [O, G] fixed scales of groups of inputs; None = one scale per output, which is `s_out`.
+        conv: stride, padding, dilation and groups of a convolution; None = linear.
+    """
+
+    packed: Tensor
+    zero_point: Tensor
+    bits: int
+    shape: tuple[int, ...]
+    group_scale: Tensor | None = None
+    conv: tuple[Any, Any, Any, int] | None = None
+
+    def centred(self, dtype: torch.dtype) -> Tensor:
+        """W_q - z in the weight's shape, times the group scales where there are any; made anew at every call."""
+        codes = unpack_codes(self.packed, self.bits, self.shape)
+        group = self.group_scale
+        granularity = PerChannel(0) if group is None else PerGroup(self.shape[1] // group.shape[1])
+        weight = codes.to(dtype).sub_(broadcast(self.zero_point.to(dtype), self.shape, granularity))
+        return weight if group is None else weight.mul_(broadcast(group.to(dtype), self.shape, granularity))
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's product without scales or bias."""
+        return F.linear(x, weight) if self.conv is None else F.conv2d(x, weight, None, *self.conv)
+
+    def apply_transposed(self, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        """Gradient of `apply` by its input, of the shape of `like`."""
+        return grad @ weight if self.conv is None else conv2d_input(list(like.shape), weight, grad, *self.conv)
+
+    def along(self, scale: Tensor, x: Tensor) -> Tensor:
+        """A scale [C], or [B, C] with one row per sample, shaped to broadcast against the channels of x.
+
+        Raises:
+            ValueError: the batch of x is no multiple of B.
+        """
+        if scale.ndim == 2:
+            repeats, rest = divmod(x.shape[0], scale.shape[0])
+            if rest:
+                raise ValueError(f"{scale.shape[0]} timesteps for a batch of {x.shape[0]}")
+            scale = scale.repeat_interleave(repeats, 0) if repeats > 1 else scale
+        tail = [1] * (0 if self.conv is None else 2)
+        if scale.ndim == 1:
+            return scale.reshape(-1, *tail)
+        middle = [1] * (x.ndim - 2 - len(tail))
+        return scale.reshape(scale.shape[0], *middle, scale.shape[1], *tail)
+
+    def reduced(self, product: Tensor, scale: Tensor) -> Tensor:
+        """Sum over everything that one entry of `scale` was broadcast to: inverse of `along`."""
+        channel = product.ndim - 1 if self.conv is None else 1
+        if scale.ndim == 1:
+            return product.sum([axis for axis in range(product.ndim) if axis != channel])
+        per_sample = product.flatten(1) if product.ndim == 2 else product.sum([a for a in range(1, product.ndim) if a != channel])
+        return per_sample.reshape(scale.shape[0], -1, scale.shape[1]).sum(1)
+
+
+class ScaledProduct(torch.autograd.Function):
+    """`scaled_product` with saved tensors x, s_out and s_in alone.
+
+    With g = dL/dy and v = (g * s_out) (W_q - z): ds_out = sum g * u, ds_in = sum x * v, dx = v * s_in.
+    """
+
+    @staticmethod
+    def forward(ctx, x, s_out, s_in, bias, operand: CodedOperand):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, s_out, s_in)
+        ctx.operand = operand
+        weight = operand.centred(x.dtype)
+        y = operand.apply(_scaled(x, s_in, operand), weight)
+        y.mul_(operand.along(s_out.to(x.dtype), y))
+        return y if bias is None else y.add_(operand.along(bias.to(x.dtype), y))
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, s_out, s_in = ctx.saved_tensors
+        operand: CodedOperand = ctx.operand
+        needs_x, needs_out, needs_in = ctx.needs_input_grad[:3]
+        weight = operand.centred(x.dtype)
+        grad_x = grad_out = grad_in = None
+        if needs_out:
+            u = operand.apply(_scaled(x, s_in, operand), weight)
+            grad_out = operand.reduced(u.mul_(grad), s_out).to(s_out.dtype)
+        if needs_x or needs_in:
+            v = operand.apply_transposed(grad * operand.along(s_out.to(x.dtype), grad), weight, x)
+            if needs_in:
+                grad_in = operand.reduced(x * v, s_in).to(s_in.dtype)
+            if needs_x:
+                grad_x = v if s_in is None else v.mul_(operand.along(s_in.to(x.dtype), x))
+        return grad_x, grad_out, grad_in, None, None
+
+
+def _scaled(x: Tensor, s_in: Tensor | None, operand: CodedOperand) -> Tensor:
+    return x if s_in is None else x * operand.along(s_in.to(x.dtype), x)
+
+
+def scaled_product(x: Tensor, s_out: Tensor, s_in: Tensor | None, bias: Tensor | None, operand: CodedOperand) -> Tensor:
+    """s_out * ((x * s_in) (W_q - z)) + bias, differentiable by x, s_out and s_in.
+
+    Args:
+        x: float [..., K] or [B, I, H, W]; the sums are in its dtype.
+        s_out: [O], or [B, O] with a row per sample (mixed timesteps).
+        s_in: [K] or [I] (all input channels of a grouped convolution), or [B, .]; None = ones.
+        bias: [O], fixed.
+
+    Raises:
+        ValueError: B does not divide the batch of x.
+    """
+    return ScaledProduct.apply(x, s_out, s_in, bias, operand)
