@@ -90,7 +90,7 @@ def test_every_layer_has_a_rule_or_a_reason() -> None:
 def test_rows_are_those_of_the_training_sampler() -> None:
     aware = {"activations": {"timestep_aware": True}}
     assert make_plan(recipe("dit", quantize=aware)).rows == 3
-    assert make_plan(recipe("dit", quantize=aware, finetune={"sampler": {"steps": 5}})).rows == 5
+    assert make_plan(recipe("dit", quantize=aware, finetune={"method": "efficientdm", "sampler": {"steps": 5}})).rows == 5
     assert make_plan(recipe("dit")).rows == 1
 
 
@@ -120,7 +120,7 @@ def test_calls_of_calibrate_are_counted(tmp_path: Path, monkeypatch: pytest.Monk
 def test_calls_of_training_and_evaluation() -> None:
     planned = recipe(
         sampler={"steps": 10},
-        finetune={"iterations": 45, "batch_size": 4, "accumulate": 2},
+        finetune={"method": "efficientdm", "iterations": 45, "batch_size": 4, "accumulate": 2},
         export={},
         evaluate={"samples": 100, "batch": 64, "suites": ["fidelity", {"method": "cost", "repeats": 5, "batch": 2}]},
     )
@@ -133,7 +133,7 @@ def test_calls_of_training_and_evaluation() -> None:
 
 
 def test_time_is_measured_or_unknown() -> None:
-    planned = recipe(calibrate=SMALL, finetune={"iterations": 2, "batch_size": 1})
+    planned = recipe(calibrate=SMALL, finetune={"method": "efficientdm", "iterations": 2, "batch_size": 1})
     assert all(row["seconds"] is None for row in make_plan(planned).calls)
     measured = make_plan(planned, measure=True).calls
     assert all(row["seconds"] == row["count"] * row["seconds_per_call"] > 0 for row in measured)
@@ -197,7 +197,7 @@ print(peak() - before)
 
 
 def test_memory_of_a_training_step_is_what_a_process_grows_by() -> None:
-    planned = recipe("fashion", finetune={"batch_size": 32, "rank": 8})
+    planned = recipe("fashion", finetune={"method": "efficientdm", "batch_size": 32, "rank": 8})
     child = CHILD.format(tests=str(Path(__file__).parent), text=planned.model_dump_json(), images=32)
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -208,7 +208,7 @@ def test_memory_of_a_training_step_is_what_a_process_grows_by() -> None:
 
 def test_memory_follows_the_settings() -> None:
     def peaks(**changes: Any) -> dict[str, int]:
-        return make_plan(recipe(finetune={"batch_size": 2, "rank": 4, **changes})).memory["finetune"]
+        return make_plan(recipe(finetune={"method": "efficientdm", "batch_size": 2, "rank": 4, **changes})).memory["finetune"]
 
     small = peaks()
     assert 2.5 < peaks(batch_size=8)["step"] / small["step"] < 4.5
@@ -221,7 +221,7 @@ def test_memory_follows_the_settings() -> None:
 
 
 def test_nothing_is_written(tmp_cwd: Path) -> None:
-    make_plan(recipe("dit", calibrate=SMALL, finetune={"batch_size": 1}, export={}, evaluate={}))
+    make_plan(recipe("dit", calibrate=SMALL, finetune={"method": "efficientdm", "batch_size": 1}, export={}, evaluate={}))
     assert list(tmp_cwd.iterdir()) == []
 
 

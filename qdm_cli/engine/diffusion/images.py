@@ -47,20 +47,21 @@ class Picture:
     prompt: str | None = None
 
 
-def read_images(source: str, frame: Frame, *, skip_bad: bool = False, warn: Any = None) -> list[Picture]:
+def read_images(source: str, frame: Frame, *, limit: int | None = None, skip_bad: bool = False, warn: Any = None) -> list[Picture]:
     """All images of a source, in the order of their names.
 
     Prompts come from `metadata.jsonl` ({"file_name": .., "text": ..} a line) or from a .txt beside each image.
 
     Args:
         source: a folder (searched below), a .tar or a folder of .tar shards (webdataset), or `builtin:digits`.
+        limit: stop after this many images; None = all.
         skip_bad: leave out what cannot be decoded, with a warning through `warn(text)`, instead of refusing.
 
     Raises:
         InputError: no such source, no image in it, an unreadable image, or prompts for other files than there are.
     """
     if source == DIGITS:
-        return _digits(frame)
+        return _digits(frame, limit)
     if source.startswith("builtin:"):
         raise InputError(f"finetune.data.images: there is no {source}. Did you mean '{DIGITS}'?", path="finetune.data.images")
     path = Path(source).expanduser()
@@ -68,8 +69,10 @@ def read_images(source: str, frame: Frame, *, skip_bad: bool = False, warn: Any 
         raise InputError(f"finetune.data.images: {path}: no such file or folder", path="finetune.data.images")
     shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar")) if path.is_dir() else []
     entries = _from_shards(shards) if shards else _from_folder(path)
-    found = []
+    found: list[Picture] = []
     for name, raw, prompt in entries:
+        if len(found) == limit:
+            break
         try:
             found.append(Picture(name, _decode(raw, frame), prompt))
         except Exception as error:  # PIL raises many kinds for broken files
@@ -150,14 +153,14 @@ def _decode(raw: bytes, frame: Frame) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _digits(frame: Frame) -> list[Picture]:
+def _digits(frame: Frame, limit: int | None) -> list[Picture]:
     """Handwritten digits (UCI, see zoo/digits/README.md): one sheet of 8x8 tiles."""
     from PIL import Image
 
     with Image.open(_DIGITS_FILE) as image:
         sheet = np.asarray(image.convert("L"))
     found = []
-    for index in range(DIGIT_COUNT):
+    for index in range(min(DIGIT_COUNT, limit or DIGIT_COUNT)):
         row, column = divmod(index, DIGIT_COLUMNS)
         tile = sheet[row * DIGIT_SIDE : (row + 1) * DIGIT_SIDE, column * DIGIT_SIDE : (column + 1) * DIGIT_SIDE]
         stream = io.BytesIO()

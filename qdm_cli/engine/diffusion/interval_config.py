@@ -18,6 +18,6 @@ class IntervalSpec(Spec):
     k: int = Field(2, ge=1, le=100)
     """Number of intervals."""
     min_len: int = Field(2, ge=1)
-    """Least nodes of the grid of 21 times in a cluster; without a bound single nodes would score best."""
+    """Least nodes of the grid of 21 times in a cluster."""
     samples: int = Field(256, ge=2)
     """Images or latents that similarity is measured on."""

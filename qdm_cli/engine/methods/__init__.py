@@ -18,6 +18,8 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "finetune": {
         "efficientdm": "qdm_cli.engine.methods.efficientdm:EfficientDMConfig",
+        "peqa": "qdm_cli.engine.methods.peqa:PeqaConfig",
+        "tuneqdm": "qdm_cli.engine.methods.tuneqdm:TuneQdmConfig",
     },
 }
 

@@ -11,11 +11,12 @@ from qdm_cli.engine.evaluation.config import CostSuite
 from qdm_cli.engine.evaluation.cost import WARM_UP
 from qdm_cli.engine.evaluation.sensitivity import TIMESTEPS
 from qdm_cli.engine.evaluation.session import TRACE_SAMPLES
+from qdm_cli.engine.quant.scale_config import PROBES, AdaptConfig
 
 if TYPE_CHECKING:
     from qdm_cli.engine.recipe.schema import Recipe
 
-PROBES = 3
+EXPORT_PROBES = 3
 """Calls of the export's self-check, by each of the two models."""
 
 
@@ -27,6 +28,7 @@ class Calls:
         stage, phase: where they happen.
         count: calls. `images`: images per call, before guidance doubles them.
         training: with a backward pass through the quantized model.
+        guided: guidance doubles the images of a call, where the pipeline has it.
     """
 
     stage: str
@@ -34,6 +36,12 @@ class Calls:
     count: int
     images: int
     training: bool = False
+    guided: bool = True
+
+
+def train_steps(recipe: Recipe) -> int | None:
+    """Steps of the training trajectories where they differ from the sampler's; None = they do not, or there are none."""
+    return getattr(getattr(recipe.finetune, "sampler", None), "steps", None)
 
 
 def denoiser_calls(recipe: Recipe, layers: int) -> list[Calls]:
@@ -50,14 +58,16 @@ def denoiser_calls(recipe: Recipe, layers: int) -> list[Calls]:
         static = recipe.quantize.activations is not None and recipe.quantize.activations.mode == "static"
         found.append(Calls("calibrate", "ranges", steps * ceil(own / data.batch) if static else 0, min(own, data.batch)))
         found += _sensitivity(recipe.calibrate, steps, layers)
-    if recipe.finetune is not None:
+    if isinstance(recipe.finetune, AdaptConfig):
+        found += _adaptation(recipe.finetune, steps)
+    elif recipe.finetune is not None:
         cfg = recipe.finetune
-        train_steps = cfg.sampler.steps or steps
-        pools = ceil(cfg.iterations / max(1, train_steps // cfg.accumulate))
-        found.append(Calls("finetune", "trajectories", (pools + 1) * train_steps, cfg.batch_size))
+        own_steps = train_steps(recipe) or steps
+        pools = ceil(cfg.iterations / max(1, own_steps // cfg.accumulate))
+        found.append(Calls("finetune", "trajectories", (pools + 1) * own_steps, cfg.batch_size))
         found.append(Calls("finetune", "training", cfg.iterations * cfg.accumulate, cfg.batch_size, training=True))
     if recipe.export is not None and recipe.export.verify:
-        found.append(Calls("export", "self-check", 2 * PROBES + 1, 1))
+        found.append(Calls("export", "self-check", 2 * EXPORT_PROBES + 1, 1))
     if recipe.evaluate is not None:
         found += _evaluation(recipe, steps)
     return [calls for calls in found if calls.count]
@@ -70,6 +80,18 @@ def _sensitivity(spec: Any, steps: int, layers: int) -> Iterator[Calls]:
         yield Calls("calibrate", "sensitivity", 3 * widths * min(TIMESTEPS, steps), min(samples, spec.data.batch))
     if spec.sensitivity == "end_to_end":
         yield Calls("calibrate", "sensitivity of the image", (layers * widths + 1) * steps, samples)
+
+
+def _adaptation(cfg: AdaptConfig, steps: int) -> list[Calls]:
+    """Prior samples once, a batch of images (and one of prior samples) per part of an update, the loss on fixed images at checkpoints."""
+    updates, measures = cfg.iterations * cfg.accumulate, 1 + ceil(cfg.iterations / cfg.checkpoint_every)
+    found = [
+        Calls("finetune", "training", updates * (2 if cfg.prior else 1), cfg.batch_size, training=True, guided=False),
+        Calls("finetune", "loss on fixed images", measures * ceil(PROBES / cfg.batch_size), cfg.batch_size, guided=False),
+    ]
+    if cfg.prior is not None:
+        found.append(Calls("finetune", "prior samples", ceil(cfg.prior.images / cfg.batch_size) * steps, cfg.batch_size))
+    return found
 
 
 def _evaluation(recipe: Recipe, steps: int) -> list[Calls]:

@@ -19,12 +19,13 @@ from qdm_cli.engine.models import meta_denoiser
 from qdm_cli.engine.models.folder import read_index
 from qdm_cli.engine.models.source import resolve_source
 from qdm_cli.engine.plan.auto import with_auto
-from qdm_cli.engine.plan.calls import Calls, denoiser_calls
+from qdm_cli.engine.plan.calls import Calls, denoiser_calls, train_steps
 from qdm_cli.engine.plan.inputs import CallShape, call_shape
-from qdm_cli.engine.plan.memory import Estimate, calibrate_estimate, finetune_estimate
+from qdm_cli.engine.plan.memory import Estimate, adapt_estimate, calibrate_estimate, finetune_estimate
 from qdm_cli.engine.plan.missing import Missing, missing_weights
 from qdm_cli.engine.plan.table import stored_table
 from qdm_cli.engine.quant.rules import resolve
+from qdm_cli.engine.quant.scale_config import AdaptConfig
 from qdm_cli.engine.recipe.checks import stages_of
 from qdm_cli.engine.run.smoke import smoke_recipe
 from qdm_cli.engine.runtime.size import bytes_by_part, nbytes, tensor_table
@@ -98,7 +99,7 @@ def make_plan(recipe: Recipe, *, measure: bool = False, offline: bool = False, s
     decisions, notes = with_auto(recipe, component, denoiser, decisions, rows, smoke=smoke)
     missing = missing_weights(recipe, smoke=smoke, offline=offline)
     phases = denoiser_calls(recipe, len(decisions))
-    shapes = {(c.stage, c.phase): call_shape(recipe, denoiser, pipeline_class, c.images, smoke=smoke) for c in phases}
+    shapes = {(c.stage, c.phase): call_shape(recipe, denoiser, pipeline_class, c.images, guided=c.guided, smoke=smoke) for c in phases}
     memory = _memory(recipe, denoiser, decisions, shapes, _other_bytes(recipe, component, smoke=smoke))
     target = recipe.export.target if recipe.export else "none"
     table = stored_table(recipe, component, denoiser, decisions, rows, smoke=smoke)
@@ -139,8 +140,7 @@ def _rows(recipe: Recipe, decisions: list[LayerDecision]) -> int:
     """Rows of the step tables: those of the training sampler where there is training."""
     if not any(d.timestep_aware and not d.skipped_why for d in decisions):
         return 1
-    own = recipe.finetune.sampler.steps if recipe.finetune is not None else None
-    return own or recipe.sampler.steps
+    return train_steps(recipe) or recipe.sampler.steps
 
 
 def _target_words(target: str) -> str:
@@ -179,8 +179,11 @@ def _memory(
         own.setdefault("ranges", own["trajectories"])
         found["calibrate"] = calibrate_estimate(recipe, denoiser, decisions, own, recipe.sampler.steps, others)
     if recipe.finetune is not None:
-        steps = recipe.finetune.sampler.steps or recipe.sampler.steps
-        found["finetune"] = finetune_estimate(recipe, denoiser, decisions, shapes["finetune", "training"], steps, others)
+        shape, steps = shapes["finetune", "training"], train_steps(recipe) or recipe.sampler.steps
+        if isinstance(recipe.finetune, AdaptConfig):
+            found["finetune"] = adapt_estimate(recipe, denoiser, decisions, shape, others)
+        else:
+            found["finetune"] = finetune_estimate(recipe, denoiser, decisions, shape, steps, others)
     return found
 
 

@@ -11,10 +11,12 @@ from torch import nn
 
 from qdm_cli.engine.models import load_pipeline
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
+from qdm_cli.engine.plan.memory import scaled_copy
 from qdm_cli.engine.quant.calibration import RangeRule, code_layer
 from qdm_cli.engine.quant.grid import QParams
 from qdm_cli.engine.quant.qalora import build_student
 from qdm_cli.engine.quant.rules import resolve
+from qdm_cli.engine.quant.scale_config import AdaptConfig
 from qdm_cli.engine.quant.state import LayerDecision, QuantState
 
 if TYPE_CHECKING:
@@ -66,18 +68,22 @@ def _training_seconds(denoiser: nn.Module, shape: CallShape, recipe: Recipe, dev
     cfg: Any = recipe.finetune
     layers = {d.name: _some_layer(denoiser, d) for d in resolve(denoiser, recipe.quantize) if not d.skipped_why}
     state = QuantState(layers=layers)
-    student = build_student(denoiser, state, rank=cfg.rank, base=cfg.base, train_bias=cfg.train_bias, train_norm=cfg.train_norm, seed=0)
+    if isinstance(cfg, AdaptConfig):
+        trained = scaled_copy(denoiser, state, cfg)
+    else:
+        trained = build_student(
+            denoiser, state, rank=cfg.rank, base=cfg.base, train_bias=cfg.train_bias, train_norm=cfg.train_norm, seed=0
+        ).denoiser
     inputs = _inputs(denoiser, shape, device)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[cfg.precision]
 
     def update() -> None:
         with torch.autocast(device.split(":")[0], dtype=kind, enabled=kind != torch.float32):
-            output = student.denoiser(**inputs, return_dict=False)[0]
+            output = trained(**inputs, return_dict=False)[0]
         output.float().square().sum().backward()
-        student.denoiser.zero_grad(set_to_none=True)
+        trained.zero_grad(set_to_none=True)
 
-    seconds = _fastest(update, device)
-    return seconds
+    return _fastest(update, device)
 
 
 def _some_layer(denoiser: nn.Module, decision: LayerDecision) -> Any:

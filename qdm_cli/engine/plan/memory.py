@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
 from qdm_cli.engine.quant.calibration import VALUES_PER_STEP
 from qdm_cli.engine.quant.qalora import build_student
+from qdm_cli.engine.quant.scale_layers import build_scaled_, start_scales
 from qdm_cli.engine.quant.state import LayerDecision, LayerState, QuantState
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ Growth of a process on two cores, estimate / measurement in MB: builtin:fashion-
 a U-Net like that of SD 1.5 at half width (210 M parameters) calibrate 1704 / 1741, finetune (batch 1, guided) 3332 / 3419; at full
 width (841 M) calibrate 6750 / 6731, finetune 12344 / 11570.
 """
-ADAM_COPIES = 2
+ADAM_COPIES, ROW_ADAM_COPIES = 2, 3
 
 
 @contextmanager
@@ -233,3 +234,29 @@ def finetune_estimate(
         "step": training_peak(student.denoiser, shape, kind),
     }
     return Estimate(parts, loading=others + 2 * weights)
+
+
+def adapt_estimate(recipe: Recipe, denoiser: nn.Module, decisions: list[LayerDecision], shape: CallShape, others: int) -> Estimate:
+    """PEQA and TuneQDM: packed codes instead of the float weights, scales and their moments, one training step."""
+    cfg: Any = recipe.finetune
+    scaled = scaled_copy(denoiser, meta_state(denoiser, decisions), cfg)
+    experts = getattr(getattr(cfg, "intervals", None), "k", 1)
+    trained = sum(p.numel() for p in scaled.parameters() if p.requires_grad) * experts
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.precision]
+    parts = {
+        "weights": storage_bytes(tensors_of(scaled)),
+        "other components": others,
+        "optimizer": 4 * trained * ROW_ADAM_COPIES,
+        "step": training_peak(scaled, shape, kind),
+    }
+    return Estimate(parts, loading=others + 2 * weight_bytes(denoiser, recipe.model.dtype))
+
+
+def scaled_copy(denoiser: nn.Module, state: QuantState, cfg: Any) -> nn.Module:
+    """A copy of a denoiser as PEQA or TuneQDM train it, with one interval."""
+    copied = copy.deepcopy(denoiser)
+    start = start_scales(state, copied, keys=torch.zeros(1), input_scales=cfg.method == "tuneqdm")
+    tables = build_scaled_(copied, state, start)
+    for parameter in tables.parameters():
+        parameter.requires_grad_(True)
+    return copied

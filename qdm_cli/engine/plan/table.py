@@ -65,9 +65,9 @@ def _trained(recipe: Recipe, denoiser: nn.Module, decisions: list[LayerDecision]
     """Float parameters that fine-tuning changes: whatever they were, they become float32 numbers."""
     cfg: Any = recipe.finetune
     names: set[str] = set()
-    if cfg is not None and cfg.train_bias:
+    if getattr(cfg, "train_bias", False):
         names |= {f"{decision.name}.bias" for decision in decisions if not decision.skipped_why}
-    if cfg is not None and cfg.train_norm:
+    if getattr(cfg, "train_norm", False):
         norms = [name for name, module in denoiser.named_modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
         names |= {f"{name}.{leaf}" for name in norms for leaf in ("weight", "bias")}
     return names

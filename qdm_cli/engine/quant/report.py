@@ -47,17 +47,18 @@ def layer_rows(state: QuantState) -> list[dict[str, Any]]:
 
 
 def weight_metrics(denoiser: nn.Module, state: QuantState) -> dict[str, Any]:
-    """Mean bits per weight of the whole denoiser's layers and the SQNR of all quantized weights together, in dB."""
-    signal = noise = bits = count = 0.0
+    """`bit_metrics`, and the SQNR of all quantized weights together, in dB."""
+    signal = noise = 0.0
     for name, layer in state.layers.items():
         weight = denoiser.get_submodule(name).weight.detach().float().cpu()  # type: ignore[operator]
         signal += float(weight.square().sum())
         noise += float((weight - dequantized_weight(layer)).square().sum())
-        bits += layer.decision.bits_w * layer.decision.numel
-        count += layer.decision.numel
+    return {"weight_sqnr_db": 10 * torch.tensor(signal / max(noise, 1e-30)).log10().item(), **bit_metrics(state)}
+
+
+def bit_metrics(state: QuantState) -> dict[str, Any]:
+    """Mean bits per weight of the whole denoiser's layers, and the share of weights that are quantized."""
+    count = sum(layer.decision.numel for layer in state.layers.values())
+    bits = sum(layer.decision.bits_w * layer.decision.numel for layer in state.layers.values())
     kept = sum(d.numel for d in state.skipped)
-    return {
-        "weight_sqnr_db": 10 * torch.tensor(signal / max(noise, 1e-30)).log10().item(),
-        "mean_bits": (bits + 16 * kept) / max(1.0, count + kept),
-        "quantized_share": count / max(1.0, count + kept),
-    }
+    return {"mean_bits": (bits + 16 * kept) / max(1.0, count + kept), "quantized_share": count / max(1.0, count + kept)}

@@ -15,7 +15,7 @@ from qdm_cli.engine.diffusion.noising import NoiseSchedule
 from qdm_cli.engine.diffusion.training_set import TrainingSet, joined
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.row_adam import RowAdam
-from qdm_cli.engine.quant.scale_layers import ScaleTables, build_scaled_, start_scales
+from qdm_cli.engine.quant.scale_layers import ScaleTables, build_scaled_, start_scales, state_digest
 from qdm_cli.engine.quant.scale_training import Adaptation, AdaptTrainer, predict
 from qdm_cli.engine.quant.state import QuantState
 
@@ -71,7 +71,7 @@ def adapt_scales(
         `state` with a scale set, and metrics: losses on fixed images before and after, trained parameters and their share.
     """
     floats = sum(p.numel() for p in denoiser.parameters())
-    start = start_scales(state, denoiser, keys=plan.keys, input_scales=plan.input_scales)
+    start = start_scales(state, denoiser, keys=plan.keys, input_scales=plan.input_scales, base=state_digest(state))
     tables = build_scaled_(denoiser, state, start)
     warn_unvisited(plan.keys, inputs.visited, ctx)
     if cfg.gradient_checkpointing:

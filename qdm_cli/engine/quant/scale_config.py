@@ -9,6 +9,10 @@ from pydantic import Field
 from qdm_cli.engine.spec import Spec
 
 
+PROBES = 32
+"""Fixed (image, noise, timestep) triples that the loss is measured on: at batch 1 the training loss says little."""
+
+
 class ImageData(Spec):
     """Training images."""
 

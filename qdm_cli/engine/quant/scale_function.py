@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from qdm_cli.engine.quant.grid import PerChannel, PerGroup, broadcast
-from qdm_kernels.layout import pack_weight, unpack_weight
+from qdm_kernels.layout import pack_weight, padded_length, unpack_weight
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """int8 [O, K] or [O, I, kh, kw] -> [O, ceil64(K) / 2] uint8 up to 4 bits, else [O, K] int8."""
+    """int8 [O, K] or [O, I, kh, kw] -> [O, ceil64(K) / 2] uint8 up to 4 bits, else [O, K] int8. Meta tensors stay meta."""
     rows = codes if codes.ndim == 2 else codes.permute(0, 2, 3, 1).flatten(1)
+    if rows.is_meta:  # whose values cannot be checked
+        return rows if bits > 4 else rows.new_empty(len(rows), padded_length(rows.shape[1]) // 2, dtype=torch.uint8)
     return pack_weight(rows.contiguous(), bits)
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.quant.modules import QuantizedLayer
 from qdm_cli.engine.quant.scale_function import CodedOperand, pack_codes, scaled_product
-from qdm_cli.engine.quant.scale_set import LayerScales, ScaleSet, check_base, codes_digest
+from qdm_cli.engine.quant.scale_set import LayerScales, ScaleSet, codes_digest
 from qdm_cli.engine.quant.state import LayerState, QuantState
 from qdm_cli.engine.quant.state_apply import checked_layer, load_floats_, replace_, scales_of
 
 
-def start_scales(state: QuantState, denoiser: nn.Module, *, keys: Tensor, input_scales: bool) -> ScaleSet:
+def start_scales(state: QuantState, denoiser: nn.Module, *, keys: Tensor, input_scales: bool, base: str | None = None) -> ScaleSet:
     """Scales to start from: those of the state, the same in every interval; s_in = 1.
 
     A state that holds scales already continues from them: each new interval starts as the old one that holds its smallest timestep.
@@ -25,6 +25,7 @@ def start_scales(state: QuantState, denoiser: nn.Module, *, keys: Tensor, input_
         denoiser: float or meta model, for the groups of its convolutions.
         keys: f64 [n], smallest timestep of each interval.
         input_scales: with s_in (TuneQDM) or without (PEQA).
+        base: `state_digest(state)`; None = the scales will not be written.
     """
     layers = {}
     for name, layer in state.layers.items():
@@ -40,7 +41,7 @@ def start_scales(state: QuantState, denoiser: nn.Module, *, keys: Tensor, input_
         if in_ is None and input_scales:
             in_ = torch.ones(1, layer.codes.shape[1] * getattr(denoiser.get_submodule(name), "groups", 1))
         layers[name] = LayerScales(begin.out[rows].clone(), None if in_ is None else in_[rows].clone())
-    return ScaleSet(state_digest(state), layers, keys.double())
+    return ScaleSet("" if base is None else base, layers, keys.double())
 
 
 def state_digest(state: QuantState) -> str:
@@ -49,6 +50,10 @@ def state_digest(state: QuantState) -> str:
         (name, layer.decision.bits_w, pack_codes(layer.codes, layer.decision.bits_w), layer.weight_zero_point)
         for name, layer in state.layers.items()
     )
+
+
+TABLES = "scale_tables"
+"""Name under which a denoiser holds its `ScaleTables`, so that they move with it."""
 
 
 class ScaleTables(nn.Module):
@@ -99,7 +104,14 @@ class ScaleTables(nn.Module):
     def attach(self, denoiser: nn.Module) -> None:
         """Choose the interval from the `timestep` of every call of `denoiser`."""
         self.step.attach(denoiser)
-        denoiser.register_forward_pre_hook(lambda module, args: self.select())
+        denoiser.register_forward_pre_hook(self._before_forward)
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        self.select()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy reads its own rows: those of the last call belong to a graph, which cannot be copied."""
+        return {**self.__dict__, "_now": None}
 
     def scale_set(self, **about: Any) -> ScaleSet:
         """The scales as they are now, on the CPU."""
@@ -173,13 +185,12 @@ def build_scaled_(denoiser: nn.Module, state: QuantState, start: ScaleSet) -> Sc
     """Replace the layers of `state` by packed ones whose scales come from one table; step hooks are attached.
 
     Args:
-        denoiser: changed in place: its float weights are gone afterwards.
-        start: scales of every layer of `state`.
+        denoiser: changed in place: its float weights are gone afterwards, the tables are its submodule `scale_tables`.
+        start: scales of every layer of `state`, made for its integer weights.
 
     Raises:
-        InputError: the state belongs to another model, or the scales to other integer weights.
+        InputError: the state belongs to another model.
     """
-    check_base(start, state_digest(state), type(denoiser).__name__)
     tables, step = ScaleTables(start), StepContext(state.step_keys, state.row_mode)
     for name, layer in state.layers.items():
         original = checked_layer(denoiser, name, layer)
@@ -187,6 +198,7 @@ def build_scaled_(denoiser: nn.Module, state: QuantState, start: ScaleSet) -> Sc
         replace_(denoiser, name, scaled.to(next(original.parameters()).device))
     load_floats_(denoiser, state.floats)
     tables.to(next(denoiser.parameters()).device)
+    denoiser.add_module(TABLES, tables)
     step.attach(denoiser)
     tables.attach(denoiser)
     return tables

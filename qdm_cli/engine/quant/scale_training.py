@@ -16,14 +16,11 @@ from qdm_cli.engine.diffusion.noising import NoiseSchedule
 from qdm_cli.engine.diffusion.training_set import TrainingSet
 from qdm_cli.engine.errors import GateFailed
 from qdm_cli.engine.quant.calibration import move_arguments
+from qdm_cli.engine.quant.scale_config import PROBES
 
 if TYPE_CHECKING:
     from qdm_cli.engine.context import RunContext
     from qdm_cli.engine.quant.scale_config import AdaptConfig
-
-PROBES = 32
-"""Fixed (image, noise, timestep) triples that the loss is measured on: at batch 1 the training loss says little."""
-
 
 @dataclass(frozen=True)
 class Adaptation:

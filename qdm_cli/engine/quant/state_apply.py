@@ -9,6 +9,7 @@ from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.grid import IntGrid
 from qdm_cli.engine.quant.modules import CodedWeight, StepScales, build_layer
+from qdm_cli.engine.quant.scale_set import check_base
 from qdm_cli.engine.quant.state import LayerState, QuantState
 
 
@@ -16,11 +17,12 @@ def apply_state_(denoiser: nn.Module, state: QuantState) -> StepContext:
     """Replace the layers of `state` by simulated ones and load its trained float parameters; the step hook is attached.
 
     Raises:
-        InputError: the state belongs to another model.
+        InputError: the state belongs to another model, or its scales to another state.
     """
     if state.scales is not None:
-        from qdm_cli.engine.quant.scale_layers import build_scaled_
+        from qdm_cli.engine.quant.scale_layers import build_scaled_, state_digest
 
+        check_base(state.scales, state_digest(state), type(denoiser).__name__)
         return build_scaled_(denoiser, state, state.scales).step
     step = StepContext(state.step_keys, state.row_mode)
     for name, layer in state.layers.items():

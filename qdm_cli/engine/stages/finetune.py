@@ -15,8 +15,10 @@ from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.methods import function_of
 from qdm_cli.engine.models import LoadedPipeline, load_pipeline
 from qdm_cli.engine.quant.distillation import Call, Trajectories, write_tensorboard
-from qdm_cli.engine.quant.report import layer_rows, weight_metrics
+from qdm_cli.engine.quant.report import bit_metrics, layer_rows, weight_metrics
+from qdm_cli.engine.quant.scale_config import AdaptConfig
 from qdm_cli.engine.quant.state import read_state, write_state
+from qdm_cli.engine.stages._adapt import adapt_inputs
 
 TRAINING_START = 2_000_000
 """Index of the first training sample: its noise is that of no calibration sample and of no evaluated image."""
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def finetune(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResult:
-    """Train what `calibrate` initialised. No data: the full-precision pipeline makes its own trajectories.
+    """Train what `calibrate` initialised: on trajectories that the full-precision pipeline makes itself, or on images of the recipe.
 
     Raises:
         InputError: no calibrated artifact was given.
@@ -42,7 +44,11 @@ def finetune(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResult
         recipe.model, recipe.sampler, device=ctx.device, smoke=ctx.smoke, offline=ctx.offline, offload=recipe.device.offload
     )
     started = time.monotonic()
-    trained, metrics = function_of(spec)(loaded.denoiser, spec, ctx, state=state, trajectories=trajectories_of(loaded, spec, ctx))
+    if isinstance(spec, AdaptConfig):
+        given: dict[str, Any] = {"inputs": adapt_inputs(loaded, spec, ctx)}
+    else:
+        given = {"trajectories": trajectories_of(loaded, spec, ctx)}
+    trained, metrics = function_of(spec)(loaded.denoiser, spec, ctx, state=state, **given)
     write_state(ctx.payload, trained)
     log_file = ctx.resume / "metrics.jsonl"
     shutil.copyfile(log_file, ctx.payload / "metrics.jsonl")
@@ -51,7 +57,7 @@ def finetune(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResult
     return StageResult(
         layers=layer_rows(trained),
         sampler=recipe.sampler.model_dump(mode="json"),
-        metrics=metrics | weight_metrics(loaded.denoiser, trained),
+        metrics=metrics | (weight_metrics(loaded.denoiser, trained) if trained.scales is None else bit_metrics(trained)),
         base_model=loaded.identity,
         seeds={"trajectories": recipe.seed, "adapters": recipe.seed},
         seconds={"train": time.monotonic() - started},
