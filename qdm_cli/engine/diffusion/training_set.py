@@ -115,7 +115,13 @@ def frame_of(pipeline: Any, sampler: SamplerSpec) -> Frame:
 
 
 def make_training_set(
-    pipeline: Any, sampler: SamplerSpec, pictures: Sequence[Picture], *, instance_prompt: str | None, class_label: int = 0, flip: bool = False
+    pipeline: Any,
+    sampler: SamplerSpec,
+    pictures: Sequence[Picture],
+    *,
+    instance_prompt: str | None,
+    class_label: int = 0,
+    flip: bool = False,
 ) -> TrainingSet:
     """Encode all images and prompts, once; afterwards training needs neither the autoencoder nor the text encoders.
 

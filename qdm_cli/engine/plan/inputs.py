@@ -35,7 +35,9 @@ class CallShape:
     size: tuple[int, int]
 
 
-def call_shape(recipe: Recipe, denoiser: nn.Module, pipeline_class: str, images: int, *, guided: bool = True, smoke: bool = False) -> CallShape:
+def call_shape(
+    recipe: Recipe, denoiser: nn.Module, pipeline_class: str, images: int, *, guided: bool = True, smoke: bool = False
+) -> CallShape:
     """Shape of a call for `images` images; `guided`: with both halves of guidance where the pipeline has it."""
     passes = 1 if not guided or pipeline_class.startswith(ONE_PASS) or (recipe.sampler.guidance or 7.5) <= 1 else 2
     return CallShape(images, images * passes, _latent_size(recipe, denoiser, smoke=smoke))

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from qdm_cli.engine.spec import Spec
 
-
 PROBES = 32
 """Fixed (image, noise, timestep) triples that the loss is measured on: at batch 1 the training loss says little."""
 

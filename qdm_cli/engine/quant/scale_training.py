@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qdm_cli.engine.context import RunContext
     from qdm_cli.engine.quant.scale_config import AdaptConfig
 
+
 @dataclass(frozen=True)
 class Adaptation:
     """What is adapted, and to what.

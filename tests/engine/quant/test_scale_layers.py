@@ -53,7 +53,7 @@ def test_untouched_scales_are_the_base_model(make_state: Any, tiny_unet: Any, ac
 
 
 def test_the_interval_is_that_of_the_training_timestep(weights_only: Any, tiny_unet: Any) -> None:
-    denoiser, tables = scaled(tiny_unet, weights_only, k=4)
+    _denoiser, tables = scaled(tiny_unet, weights_only, k=4)
     with torch.no_grad():
         for row in range(4):
             tables.delta_out[row] = row
@@ -107,7 +107,9 @@ class TestFile:
         again = copy.deepcopy(tiny_unet)
         apply_state_(again, read_state(tmp_path))
         for t in (20, 980):
-            torch.testing.assert_close(call(again, noise(), torch.tensor(t)), call(denoiser, noise(), torch.tensor(t)), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                call(again, noise(), torch.tensor(t)), call(denoiser, noise(), torch.tensor(t)), rtol=1e-6, atol=1e-6
+            )
         assert (tmp_path / "scales.safetensors").stat().st_size < 8 * found.count
 
     def test_they_are_refused_by_other_integers(self, weights_only: Any, tiny_unet: Any, tmp_path: Path) -> None:
@@ -139,7 +141,9 @@ class TestFile:
         state = replace(weights_only, scales=read_scales(tmp_path / "s.safetensors"))
         finer, _ = scaled(tiny_unet, state, k=4)
         for t in (0, 300, 500, 800):
-            torch.testing.assert_close(call(finer, noise(), torch.tensor(t)), call(denoiser, noise(), torch.tensor(t)), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                call(finer, noise(), torch.tensor(t)), call(denoiser, noise(), torch.tensor(t)), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_grouped_scales_start_from_one(make_state: Any, tiny_unet: Any) -> None:
