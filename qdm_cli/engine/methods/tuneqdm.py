@@ -1,4 +1,4 @@
-"""TuneQDM (Ryu et al., ECCV 2024, arXiv 2401.04339): personalise a quantized diffusion model by scales per channel and time-step interval."""
+"""TuneQDM (Ryu et al., ECCV 2024, arXiv 2401.04339): personalise a quantized model by scales per channel and time-step interval."""
 
 from __future__ import annotations
 

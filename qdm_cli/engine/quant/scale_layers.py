@@ -1,4 +1,4 @@
-"""A denoiser whose integer weights stay packed and whose scales train: PEQA (one s_out per channel) and TuneQDM (s_out, s_in per interval)."""
+"""A denoiser whose integer weights stay packed and whose scales train: PEQA (s_out per channel), TuneQDM (s_out, s_in per interval)."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ class TestOverrides:
         ("override", "message"),
         [
             ("sampler.stebs=7", "sampler.stebs=7: unknown setting. Did you mean 'steps'?"),
-            ("finetune={rnk: 3}", "finetune.rnk: unknown setting. Did you mean 'rank'?"),
+            ("finetune={method: efficientdm, rnk: 3}", "finetune.rnk: unknown setting. Did you mean 'rank'?"),
             ("quantize.rulez.0.bits=4", "quantize.rulez: unknown setting. Did you mean 'rules'?"),
             ("quantize.rules.2.bits=4", "quantize.rules has 2 entries, from 0; quantize.rules+=VALUE appends"),
             ("evaluate.suites.0.batch=4", "evaluate.suites has no entries in this recipe"),
