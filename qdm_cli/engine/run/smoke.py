@@ -38,14 +38,11 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
         _cap(data, path.split("."), limit)
     data["sampler"]["size"] = None
     data["model"] |= {"dtype": "float32", "loras": ()}
-<<<<<<< HEAD
     if data["quantize"]["auto"] and data["quantize"]["auto"]["max_size"]:
         data["quantize"]["auto"] = None
-=======
     if data["finetune"] and "images" in data["finetune"].get("data", {}):
         # the recipe's own images need not be there
         data["finetune"]["data"] |= {"images": "builtin:digits", "limit": SAMPLES}
->>>>>>> ffab1e7 (wip2)
     if data["evaluate"]:
         data["evaluate"] |= {"fail_if": (), "against": "base", "weights": {}}
         for suite in data["evaluate"]["suites"]:
