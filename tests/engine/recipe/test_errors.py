@@ -186,7 +186,10 @@ HEAD = "model: {id: tiny:ddpm}\n"
         "number for text": ("name: 5", "<stdin>:2:1  name: must be text, or null (got 5)"),
         "true for a number": ("sampler: {eta: true}", "<stdin>:2:11  sampler.eta: must be a number, at least 0, at most 1 (got true)"),
         "null": ("seed: null", "<stdin>:2:1  seed: must be a whole number, at least 0 (got null)"),
-        "infinite": ("finetune: {method: efficientdm, weight_decay: .inf}", "<stdin>:2:33  finetune.weight_decay: must be a number, at least 0 (got inf)"),
+        "infinite": (
+            "finetune: {method: efficientdm, weight_decay: .inf}",
+            "<stdin>:2:33  finetune.weight_decay: must be a number, at least 0 (got inf)",
+        ),
         "section": ("sampler: 5", "<stdin>:2:1  sampler: must be a section with settings such as scheduler, steps, guidance (got 5)"),
         "list": ("quantize: {rules: {match: a}}", "<stdin>:2:12  quantize.rules: must be a list of sections (got {match: 'a'})"),
         "list of two": ("sampler: {size: [1]}", "<stdin>:2:11  sampler.size: must have 2 entries (got 1)"),
