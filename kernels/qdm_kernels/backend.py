@@ -18,7 +18,7 @@ from qdm_kernels.geometry import Conv2dGeometry
 
 BACKENDS = ("cpu", "reference")
 STRATEGIES = ("onednn", "fp32")
-OPS = ("quantize", "linear_w8a8", "conv2d_w8a8")
+OPS = ("quantize", "linear_w8a8", "conv2d_w8a8", "conv2d_w4a8")
 
 
 class Exact(enum.Enum):
@@ -45,11 +45,16 @@ class Probe:
 
     def int8(self, op: str) -> Exact:
         """Exactness of the int8 kernel of an op."""
-        return {"linear_w8a8": self.linear, "conv2d_w8a8": self.conv2d}[op]
+        return self.linear if op.startswith("linear") else self.conv2d
 
 
-def choose(op: str, *, device: str | torch.device = "cpu", backend: str | None = None) -> str:
-    """Name of the backend for an op. `backend`: None = QDM_BACKEND, else the best that runs. ValueError when a named one cannot."""
+def choose(op: str, *, device: str | torch.device = "cpu", backend: str | None = None, without: str | None = None) -> str:
+    """Name of the backend for an op. `backend`: None = QDM_BACKEND, else the best that runs. ValueError when a named one cannot.
+
+    without: a backend that refused the layer; then the best of the others.
+    """
+    if without:
+        return next(name for name in BACKENDS if name != without and why_not(name, op, device=device) is None)
     named = backend or os.environ.get("QDM_BACKEND")
     if named:
         if reason := why_not(named, op, device=device):

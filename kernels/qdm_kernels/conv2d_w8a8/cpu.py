@@ -8,15 +8,15 @@ from torch import Tensor
 
 from qdm_kernels import backend, onednn
 from qdm_kernels.exact import Slice, l1_by_input, rescale_, split_exact, subtract_input_sum, subtract_zero_point, why_not_int8
-from qdm_kernels.geometry import Conv2dGeometry, Pair
+from qdm_kernels.geometry import Conv2dGeometry
 
 
 @dataclass(frozen=True)
 class Int8:
     """Weights in oneDNN's layout. centre: None = zero points are folded in; else z_w, int32 [O], and a last filter of ones is packed too.
 
-    row_sums: None = oneDNN gets the activation zero point and pads; else int32 [O], the border is written into the input and the zero
-    point enters as a bias.
+    row_sums: None = oneDNN gets the activation zero point and pads; else int32 [O], the zero point enters as a bias.
+    bordered: the border is written into the input, since oneDNN would pad with the code 0, or pads both sides alike.
     """
 
     packed: Tensor
@@ -26,6 +26,7 @@ class Int8:
     slices: tuple[Slice, ...]
     geometry: Conv2dGeometry
     row_sums: Tensor | None
+    bordered: bool
     strategy: str = "onednn"
     reason: str | None = None
 
@@ -60,10 +61,10 @@ def _prepare_int8(weight: Tensor, centre: Tensor | None, geometry: Conv2dGeometr
     slices = split_exact(l1_by_input(weight.to(torch.int16)), 255)
     by_bias = centre is None and len(slices) == 1 and _zero_point_is_slow()
     row_sums = weight.flatten(1).sum(1).to(torch.int32) if by_bias else None
-    g = geometry.unpadded() if by_bias else geometry
-    packed = onednn.pack_conv2d(weight, g)
+    bordered = by_bias or not geometry.symmetric
+    packed = onednn.pack_conv2d(weight, geometry.unpadded() if bordered else geometry)
     ones, zeros = torch.ones(filters), torch.zeros(filters, dtype=torch.int64)
-    return Int8(packed, centre, ones, zeros, slices, geometry, row_sums)
+    return Int8(packed, centre, ones, zeros, slices, geometry, row_sums, bordered)
 
 
 def _zero_point_is_slow() -> bool:
@@ -93,8 +94,9 @@ def conv2d(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias
     unsigned = onednn.to_unsigned(x)
     if state.row_sums is None and state.centre is None and x_scale.dim() == 0:
         # oneDNN multiplies the converted accumulator once: the contract's own rounding (probed), one pass less over y.
+        x, g = _bordered(unsigned, z + 128, state)
         fused = bias.flatten() if bias is not None and backend.probe().fused_bias else None
-        y = onednn.conv2d(unsigned, z + 128, state.packed, x_scale * w_scale.flatten(), state.zeros, state.geometry, bias=fused)
+        y = onednn.conv2d(x, z + 128, state.packed, x_scale * w_scale.flatten(), state.zeros, g, bias=fused)
         return y if bias is None or fused is not None else y.add_(bias)
     return rescale_(_sums_int8(unsigned, z + 128, state), x_scale, w_scale, bias)
 
@@ -109,11 +111,18 @@ def _sums_int8(x: Tensor, z: int, state: Int8) -> Tensor:
 
 
 def _conv_int8(x: Tensor, z: int, state: Int8) -> Tensor:
+    x, g = _bordered(x, z, state)
     if state.row_sums is None:
-        return onednn.conv2d(x, z, state.packed, state.ones, state.zeros, state.geometry)
-    bordered = _with_border(x, z, state.geometry.padding)
+        return onednn.conv2d(x, z, state.packed, state.ones, state.zeros, g)
     bias = (-z * state.row_sums).float()  # exact, and so is the sum: one slice bounds both below 2^24
-    return onednn.conv2d(bordered, 0, state.packed, state.ones, state.zeros, state.geometry.unpadded(), bias=bias)
+    return onednn.conv2d(x, 0, state.packed, state.ones, state.zeros, g, bias=bias)
+
+
+def _bordered(x: Tensor, z: int, state: Int8) -> tuple[Tensor, Conv2dGeometry]:
+    """Input and geometry as oneDNN gets them."""
+    if not state.bordered:
+        return x, state.geometry
+    return _with_border(x, z, state.geometry), state.geometry.unpadded()
 
 
 def _accumulate_int8(x: Tensor, z: int, state: Int8) -> Tensor:
@@ -154,8 +163,8 @@ def _sums_float32(x: Tensor, z: int, state: Float32) -> Tensor:
 def _convs_float32(x: Tensor, z: int, state: Float32):
     """Exact sums of x * (w - z_w), one per piece, over an input whose border holds the code of real zero."""
     g = state.geometry
-    bordered = _with_border(x, z, g.padding) if z else x
-    padding = (0, 0) if z else g.padding
+    bordered = _with_border(x, z, g) if z or not g.symmetric else x
+    padding = g.padding if bordered is x else (0, 0)
     for s, weight in state.pieces:
         part = bordered if len(state.pieces) == 1 else _channels(bordered, s, g.groups).flatten(1, 2)
         if g.is_pointwise(weight.shape[2:]):
@@ -169,13 +178,14 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
-def _with_border(x: Tensor, z: int, padding: Pair) -> Tensor:
+def _with_border(x: Tensor, z: int, geometry: Conv2dGeometry) -> Tensor:
     """Copy of x [B, C, H, W] inside a border of code z, channels_last; x itself without padding."""
-    if padding == (0, 0):
+    left, right, top, bottom = geometry.border
+    if not (left or right or top or bottom):
         return x
-    (b, c, h, w), (p, q) = x.shape, padding
-    out = torch.empty((b, c, h + 2 * p, w + 2 * q), dtype=x.dtype, memory_format=torch.channels_last)
-    for edge in (out[:, :, :p], out[:, :, h + p :], out[..., :q], out[..., w + q :]):
+    b, c, h, w = x.shape
+    out = torch.empty((b, c, h + top + bottom, w + left + right), dtype=x.dtype, memory_format=torch.channels_last)
+    for edge in (out[:, :, :top], out[:, :, h + top :], out[..., :left], out[..., w + left :]):
         edge.fill_(z)
-    out[:, :, p : h + p, q : w + q].copy_(x)
+    out[:, :, top : h + top, left : w + left].copy_(x)
     return out

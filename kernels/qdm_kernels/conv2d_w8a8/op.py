@@ -1,41 +1,63 @@
-"""2-D convolution on integer codes: y = float(sum (x - z_x)(w - z_w)) * (s_x * s_w) + bias (README: Arithmetic contract)."""
+"""2-D convolution on integer codes: y = float(sum (x - z_x)(w - z_w)) * (s_x * s_w) + bias (README: Arithmetic contract).
 
-from dataclasses import dataclass
+Operators qdm::conv2d_w8a8 and qdm::conv2d_w4a8: what `conv2d` is under torch.compile and torch.export. In eager mode `conv2d` calls the
+backend directly.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qdm_kernels import backend as _backend
-from qdm_kernels.conv2d_w8a8 import cpu, reference
+from qdm_kernels.epilogue.reference import Epilogue, finish
 from qdm_kernels.exact import check_int32, subtract_zero_point
 from qdm_kernels.geometry import Conv2dGeometry, Pair
-from qdm_kernels.prepared import Prepared, check_activation, check_weight, integer_op
-
-_IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
+from qdm_kernels.prepared import Prepared, check_activation, check_weight, flatten, integer_op, unflatten
+from qdm_kernels.quantize.reference import pick
 
 
 @dataclass(frozen=True)
 class PreparedConv2d(Prepared):
-    """A weight packed for one backend. strategy: how it computes; reason: why not by oneDNN int8, None = it does or was not asked."""
+    """A weight packed for one backend. strategy: how it computes; reason: why not by the fastest kernel of the device, None = it does."""
 
+    op: str  # conv2d_w8a8 or conv2d_w4a8
     backend: str
     in_channels: int
     out_channels: int
+    kernel: Pair
     scale: Tensor  # float32 [O, 1, 1]
     bias: Tensor | None  # float32 [O, 1, 1]
     geometry: Conv2dGeometry
     state: Any
+    refused: str | None = None  # why the triton backend does not take this layer
+    tensors: list[Tensor] = field(init=False, repr=False)  # the state as a registered operator takes it
+    how: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tensors, how = flatten(self.state)
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "how", f"{self.backend} {how}")
 
     @property
     def strategy(self) -> str:
-        """`onednn`, `fp32` or `float64`."""
+        """`triton`, `onednn`, `fp32` or `float64`."""
         return self.state.strategy
 
     @property
     def reason(self) -> str | None:
-        """Why the oneDNN int8 kernel was passed over."""
-        return self.state.reason
+        """Why the Triton or the oneDNN int8 kernel was passed over."""
+        return self.refused or self.state.reason
+
+
+@cache
+def implementation(op: str, backend: str) -> ModuleType:
+    """Module that implements an op; triton's is imported when it is first asked for."""
+    return import_module(f"qdm_kernels.{op}.{backend}")
 
 
 @integer_op
@@ -49,45 +71,119 @@ def prepare(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
+    padding_end: Pair | None = None,
     backend: str | None = None,
 ) -> PreparedConv2d:
     """Pack a weight once: codes int8 [O, I / groups, kh, kw], scale float32 [O], zero_point int [O], bias float32 [O] or None.
 
-    4-bit weights come as plain codes (-8..7). padding is the same on both sides. backend: None = `qdm_kernels.backend.choose`.
-    ValueError on wrong shapes or dtypes, a backend that cannot run, or a layer whose accumulator could overflow int32.
+    padding_end: padding below and to the right; None = as `padding`. backend: None = `qdm_kernels.backend.choose`, and the next best
+    where the triton kernel refuses the layer (`reason`). ValueError on wrong shapes or dtypes, a backend that cannot run, or a layer
+    whose accumulator could overflow int32.
     """
+    geometry = Conv2dGeometry(stride, padding, dilation, groups, padding_end)
+    return prepare_as("conv2d_w8a8", codes, scale, zero_point, bias, geometry, backend)
+
+
+def prepare_as(
+    op: str, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, geometry: Conv2dGeometry, backend: str | None
+) -> PreparedConv2d:
+    """`prepare` for one of the two ops; errors as there."""
     check_weight(codes, scale, zero_point, bias, dim=4)
     check_int32(subtract_zero_point(codes, zero_point))
-    if codes.shape[0] % groups:
-        raise ValueError(f"{codes.shape[0]} filters do not divide into {groups} groups")
-    geometry = Conv2dGeometry(stride, padding, dilation, groups)
-    name = _backend.choose("conv2d_w8a8", device=codes.device, backend=backend)
-    state = _IMPLEMENTATIONS[name].prepare(codes, zero_point, geometry)
-    kept_bias = None if bias is None else bias.detach().float().view(-1, 1, 1)
-    return PreparedConv2d(name, codes.shape[1] * groups, codes.shape[0], scale.detach().float().view(-1, 1, 1), kept_bias, geometry, state)
+    if codes.shape[0] % geometry.groups:
+        raise ValueError(f"{codes.shape[0]} filters do not divide into {geometry.groups} groups")
+    channels = codes.shape[1] * geometry.groups
+    name, refused = _backend.choose(op, device=codes.device, backend=backend), None
+    if name == "triton":
+        refused = implementation(op, name).why_not(channels, geometry)
+        if refused and backend == "triton":
+            raise ValueError(f"backend 'triton' cannot run this {op}: {refused}")
+        name = _backend.choose(op, device=codes.device, without="triton") if refused else name
+    state = implementation(op, name).prepare(codes, zero_point, geometry)
+    values = [None if value is None else value.detach().float().view(-1, 1, 1) for value in (scale, bias)]
+    outputs, _, kh, kw = codes.shape
+    return PreparedConv2d(op, name, channels, outputs, (kh, kw), values[0], values[1], geometry, state, refused)
 
 
 @integer_op
-def conv2d(x_codes: Tensor, x_scale: Tensor, x_zero_point: Tensor, prepared: PreparedConv2d) -> Tensor:
+def conv2d(
+    x_codes: Tensor, x_scale: Tensor, x_zero_point: Tensor, prepared: PreparedConv2d, *, step: Tensor | None = None, **epilogue: Any
+) -> Tensor:
     """Apply a prepared layer: x_codes int8 [B, I, H, W] -> float32 [B, O, H', W'] channels_last, bit-identical on every backend.
 
     A padded pixel is real 0, the code x_zero_point. x_scale: float32, one element, or [B, 1, 1, 1] per image; x_zero_point: int, one
-    element. ValueError on another dtype or shape.
+    element. step: int32 [1]; x_scale and x_zero_point are then tables, [S] or one element, and this is their row. epilogue: fields of
+    `epilogue.reference.Epilogue`. ValueError on another dtype or shape.
     """
-    x = _channels_last(x_codes, x_zero_point, prepared)
-    s = x_scale.float().reshape(()) if x_scale.numel() == 1 else x_scale.float()
-    return _IMPLEMENTATIONS[prepared.backend].conv2d(x, s, x_zero_point, prepared.scale, prepared.bias, prepared.state)
+    end = Epilogue(step=step, **epilogue)
+    check_call(x_codes, x_zero_point, prepared, end)
+    p = prepared
+    if not torch.compiler.is_compiling():
+        return run(x_codes, x_scale, x_zero_point, p.scale, p.bias, implementation(p.op, p.backend), p.state, end)
+    return getattr(torch.ops.qdm, p.op)(
+        x_codes, x_scale, x_zero_point, p.scale, p.bias, p.tensors, p.how, list(output_shape(x_codes, p)), step,
+        end.activation, end.residual, end.out_dtype, end.out_scale, end.out_zero_point,
+    )  # fmt: skip
+
+
+def register(op: str) -> None:
+    """Register qdm::`op` with its fake. x int8 [B, I, H, W] -> `shape`; state, how: `PreparedConv2d.tensors` and `.how`."""
+
+    @torch.library.custom_op(f"qdm::{op}", mutates_args=())
+    def operator(
+        x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: list[Tensor], how: str,
+        shape: list[int], step: Tensor | None, activation: str, residual: Tensor | None, out_dtype: torch.dtype,
+        out_scale: Tensor | None, out_zero_point: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        end = Epilogue(activation, residual, out_dtype, out_scale, out_zero_point, step)
+        backend, _, text = how.partition(" ")
+        home = implementation(op, backend)
+        return run(x, x_scale, x_zero_point, w_scale, bias, home, unflatten(state, text, home), end)
+
+    @operator.register_fake
+    def _(
+        x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: list[Tensor], how: str,
+        shape: list[int], step: Tensor | None, activation: str, residual: Tensor | None, out_dtype: torch.dtype,
+        out_scale: Tensor | None, out_zero_point: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
+
+
+register("conv2d_w8a8")
+
+
+def run(
+    x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, home: ModuleType, state: Any, end: Epilogue
+) -> Tensor:
+    """One call on a backend's module: triton finishes inside its kernel, the others after it."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if state.strategy == "triton":
+        return home.conv2d(x, x_scale.float(), x_zero_point, w_scale, bias, state, end)
+    s, z = pick(x_scale, end.step).float(), pick(x_zero_point, end.step)
+    y = home.conv2d(x, s.reshape(()) if s.numel() == 1 else s, z, w_scale, bias, state)
+    return finish(y, end).contiguous(memory_format=torch.channels_last)
 
 
 @integer_op
 def accumulate(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedConv2d) -> Tensor:
     """Exact integer part: sum (x - z_x)(w - z_w), x_codes int8 [B, I, H, W] -> int32 [B, O, H', W']. Errors as `conv2d`."""
-    x = _channels_last(x_codes, x_zero_point, prepared)
-    return _IMPLEMENTATIONS[prepared.backend].accumulate(x, x_zero_point, prepared.state)
+    check_call(x_codes, x_zero_point, prepared, Epilogue())
+    x = x_codes.contiguous(memory_format=torch.channels_last)
+    return implementation(prepared.op, prepared.backend).accumulate(x, x_zero_point, prepared.state)
 
 
-def _channels_last(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedConv2d) -> Tensor:
-    check_activation(x_codes, x_zero_point)
+def output_shape(x_codes: Tensor, prepared: PreparedConv2d) -> tuple[int, int, int, int]:
+    """[B, O, H', W'] of a call."""
+    b, _, h, w = x_codes.shape
+    return b, prepared.out_channels, *prepared.geometry.output_size((h, w), prepared.kernel)
+
+
+def check_call(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedConv2d, end: Epilogue) -> None:
+    """ValueError unless activation, step and residual fit the layer."""
+    end.check()
+    check_activation(x_codes, x_zero_point, table=end.step is not None)
     if x_codes.dim() != 4 or x_codes.shape[1] != prepared.in_channels:
         raise ValueError(f"x_codes is [B, {prepared.in_channels}, H, W], got {tuple(x_codes.shape)}")
-    return x_codes.contiguous(memory_format=torch.channels_last)
+    shape = output_shape(x_codes, prepared)
+    if end.residual is not None and end.residual.shape != shape:
+        raise ValueError(f"residual has the output's shape, {shape}, got {tuple(end.residual.shape)}")

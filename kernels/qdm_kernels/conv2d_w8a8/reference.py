@@ -28,7 +28,7 @@ def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Stat
 def accumulate(x: Tensor, zero_point: Tensor, state: State) -> Tensor:
     """sum (x - z_x)(w - z_w), padding is real 0: x int8 [B, I, H, W] -> int32 [B, O, H', W']."""
     g, real = state.geometry, x.double() - zero_point.double()
-    return F.conv2d(real, state.weight.double(), None, g.stride, g.padding, g.dilation, g.groups).to(torch.int32)
+    return F.conv2d(F.pad(real, g.border), state.weight.double(), None, g.stride, 0, g.dilation, g.groups).to(torch.int32)
 
 
 def conv2d(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: State) -> Tensor:

@@ -1,0 +1,341 @@
+"""Convolution on CUDA GPUs: implicit GEMM over NHWC codes on integer tensor cores, 8-bit or packed 4-bit weights.
+
+M = B * H' * W' output pixels, N = filters, K = taps x input channels. The loop walks (tap, channel block). A tap outside the image loads
+0; the epilogue corrects for the zero point with the weight sum of the taps that were valid, a table over intervals of rows and columns.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qdm_kernels.conv2d_w8a8.tiles import GROUP_M, Tile, choose_splits, choose_tile
+from qdm_kernels.epilogue.reference import Epilogue
+from qdm_kernels.epilogue.triton import low_rank, pick, store
+from qdm_kernels.exact import subtract_zero_point, value_range
+from qdm_kernels.geometry import Conv2dGeometry
+from qdm_kernels.layout import pack_int4, padded_length
+
+
+@triton.jit
+def _valid_taps(out, size, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr):
+    """Index of the interval of taps that hit the image for output coordinates along one axis; the last index is the empty interval."""
+    start = out * STRIDE - PAD
+    first = (tl.maximum(-start, 0) + DILATION - 1) // DILATION
+    last = tl.minimum((tl.maximum(size - start, 0) + DILATION - 1) // DILATION, TAPS)
+    index = first * TAPS - first * (first - 1) // 2 + (last - first - 1)
+    return tl.where(first < last, index, TAPS * (TAPS + 1) // 2)
+
+
+@triton.jit
+def _border_row(
+    offs_m, H, W, OH, OW,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr,
+):  # fmt: skip
+    """Row of the table of weight sums that belongs to each output pixel: [BM]."""
+    columns: tl.constexpr = KW * (KW + 1) // 2 + 1
+    pixel = offs_m % (OH * OW)
+    return _valid_taps(pixel // OW, H, KH, SH, PH, DH) * columns + _valid_taps(pixel % OW, W, KW, SW, PW, DW)
+
+
+@triton.jit
+def _unpack_low(packed, ASM: tl.constexpr):
+    """16 * low nibble, signed."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return (packed << 4).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _unpack_high(packed, ASM: tl.constexpr):
+    """16 * high nibble, signed."""
+    if ASM:
+        return tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4)
+    return (packed & 0xF0).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile coordinates of this program; GROUP_M row tiles share a column of weights while it is in L2."""
+    pid = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = pid // (GROUP_M * tiles_n) * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    inside = pid % (GROUP_M * tiles_n)
+    return first + inside % rows, inside // rows
+
+
+@triton.jit
+def _finish(
+    acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr, residual_ptr,
+    out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, SUMS_N,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, HAS_ZERO: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Raw int32 sums [BM, BN] -> corrected for the zero point, scaled, finished and stored. An int32 output takes the corrected sums."""
+    m_ok, n_ok = offs_m < M, offs_n < N
+    mask = m_ok[:, None] & n_ok[None, :]
+    at = (offs_m.to(tl.int64) if WIDE else offs_m)[:, None] * N + offs_n[None, :]
+    if HAS_ZERO:
+        x_zero = pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32)
+        if x_zero != 0:
+            row = _border_row(offs_m, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW)
+            acc -= x_zero * tl.load(sums_ptr + row[:, None] * SUMS_N + offs_n[None, :], mask=mask, other=0)
+    if out_ptr.dtype.element_ty == tl.int32:
+        tl.store(out_ptr + at, acc, mask=mask)
+    else:
+        w_scale = tl.load(w_scale_ptr + offs_n, mask=n_ok, other=0.0)
+        if PER_IMAGE:
+            y = acc.to(tl.float32) * (tl.load(x_scale_ptr + offs_m // (OH * OW), mask=m_ok, other=0.0)[:, None] * w_scale[None, :])
+        else:
+            y = acc.to(tl.float32) * (pick(x_scale_ptr, step_ptr, TABLES & 1) * w_scale)[None, :]
+        if RANK > 0:
+            y += low_rank(down_ptr, up_ptr, offs_m, offs_n, m_ok, n_ok, RANK)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_n, mask=n_ok, other=0.0)[None, :]
+        store(
+            y, out_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, step_ptr, at, mask, ACTIVATION, HAS_RESIDUAL, TABLES & 4, TABLES & 8
+        )  # fmt: skip
+
+
+# TABLES: which of x_scale 1, x_zero_point 2, out_scale 4, out_zero_point 8 are indexed by the step.
+@triton.jit
+def conv2d_kernel(
+    x_ptr, w_ptr, work_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr, residual_ptr,
+    out_scale_ptr, out_zero_ptr, out_ptr, M, N, C, H, W, OH, OW, BLOCKS, BLOCKS_PER_SPLIT,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, HAS_ZERO: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
+    BITS: tl.constexpr, ASM: tl.constexpr, EVEN_C: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One [BM, BN] tile of the output, or, with SPLIT, of the raw sums of one share of K.
+
+    x [B, H, W, C] int8; w [N, KH, KW, BLOCKS * BK] int8, or half as many bytes in two K-planes; work [splits, M, N] int32; out [M, N].
+    """
+    tile_m, tile_n = _tile(M, N, BM, BN, GROUP_M)
+    offs_m = tile_m * BM + tl.arange(0, BM)
+    offs_n = tile_n * BN + tl.arange(0, BN)
+    m_ok, n_ok = offs_m < M, offs_n < N
+    image, pixel = offs_m // (OH * OW), offs_m % (OH * OW)
+    ih0, iw0 = (pixel // OW) * SH - PH, (pixel % OW) * SW - PW
+    if WIDE:
+        image = image.to(tl.int64)
+    x_row = ((image * H + ih0) * W + iw0) * C
+
+    # Four bits: 32 low nibbles, then the 32 high ones of the same bytes, per 64 channels (README: Packing layout).
+    width: tl.constexpr = BK if BITS == 8 else BK // 2
+    j = tl.arange(0, width)
+    offs_c = j if BITS == 8 else (j // 32) * 64 + j % 32
+    # [BN, BK] transposed after the load: read as [BK, BN] it costs 300 byte permutes and 60 registers on sm_80
+    w_tile = w_ptr + (offs_n.to(tl.int64) if WIDE else offs_n)[:, None] * (KH * KW * BLOCKS * width) + j[None, :]
+
+    begin = tl.program_id(1) * BLOCKS_PER_SPLIT
+    acc = tl.zeros((BM, BN), dtype=tl.int32)
+    for block in range(begin, tl.minimum(begin + BLOCKS_PER_SPLIT, KH * KW * BLOCKS)):
+        tap, c = block // BLOCKS, (block % BLOCKS) * BK
+        r, s = (tap // KW) * DH, (tap % KW) * DW
+        inside = (m_ok & (ih0 + r >= 0) & (ih0 + r < H) & (iw0 + s >= 0) & (iw0 + s < W))[:, None]
+        x_tile = x_ptr + (x_row + (r * W + s) * C + c)[:, None] + offs_c[None, :]
+        weight = tl.load(w_tile + block * width, mask=n_ok[:, None], other=0).T
+        if BITS == 8:
+            a = tl.load(x_tile, mask=inside if EVEN_C else inside & (c + offs_c < C)[None, :], other=0)
+            acc = tl.dot(a, weight, acc, out_dtype=tl.int32)
+        else:
+            low = tl.load(x_tile, mask=inside if EVEN_C else inside & (c + offs_c < C)[None, :], other=0)
+            high = tl.load(x_tile + 32, mask=inside if EVEN_C else inside & (c + offs_c + 32 < C)[None, :], other=0)
+            acc = tl.dot(low, _unpack_low(weight, ASM), acc, out_dtype=tl.int32)
+            acc = tl.dot(high, _unpack_high(weight, ASM), acc, out_dtype=tl.int32)
+    if BITS == 4:
+        acc = acc >> 4  # every product carries the factor 16 of a nibble kept in the high half
+
+    if SPLIT:
+        at = (tl.program_id(1).to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
+        tl.store(work_ptr + at, acc, mask=m_ok[:, None] & n_ok[None, :])
+    else:
+        # Two halves, one after the other: 128 registers where a whole tile's epilogue takes 176.
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        offs_half = tile_n * BN + tl.arange(0, BN // 2)
+        _finish(
+            left, offs_m, offs_half, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr, residual_ptr,
+            out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, HAS_ZERO, PER_IMAGE,
+            TABLES, HAS_BIAS, HAS_RESIDUAL, RANK, ACTIVATION,
+        )  # fmt: skip
+        _finish(
+            right, offs_m, offs_half + BN // 2, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr,
+            residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, HAS_ZERO,
+            PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, RANK, ACTIVATION,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_kernel(
+    work_ptr, centre_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr, residual_ptr,
+    out_scale_ptr, out_zero_ptr, out_ptr, M, N, SUMS_N, H, W, OH, OW, SPLITS,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, HAS_ZERO: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, CENTRE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Adds the shares of K, in order, and finishes them: work [SPLITS, M, SUMS_N] int32 -> out [M, N].
+
+    CENTRE: column N of the sums is the product with ones, X; z_w[n] * X leaves every column n.
+    """
+    offs_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    m_ok = offs_m < M
+    mask = m_ok[:, None] & (offs_n < N)[None, :]
+    row = offs_m.to(tl.int64) * SUMS_N
+    acc = tl.zeros((BM, BN), dtype=tl.int32)
+    ones = tl.zeros((BM,), dtype=tl.int32)
+    share = tl.cast(M, tl.int64) * SUMS_N
+    for split in range(SPLITS):
+        acc += tl.load(work_ptr + split * share + row[:, None] + offs_n[None, :], mask=mask, other=0)
+        if CENTRE:
+            ones += tl.load(work_ptr + split * share + row + N, mask=m_ok, other=0)
+    if CENTRE:
+        if HAS_ZERO:
+            border = _border_row(offs_m, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW)
+            ones -= pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32) * tl.load(sums_ptr + border * SUMS_N + N, mask=m_ok, other=0)
+        acc -= ones[:, None] * tl.load(centre_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
+    _finish(
+        acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr, residual_ptr,
+        out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, SUMS_N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, HAS_ZERO, PER_IMAGE,
+        TABLES, HAS_BIAS, HAS_RESIDUAL, RANK, ACTIVATION,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class State:
+    """Weights as the kernel reads them.
+
+    weight: [F, kh, kw, ceil64(I)] int8, or half as many bytes uint8 of two K-planes; F = filters, and one of ones where centre is set.
+    sums: int32 [row intervals * column intervals, F], weight sums of the taps of an interval. centre: None = zero points are 0 or folded
+    in, else z_w, int32 [O].
+    """
+
+    weight: Tensor
+    sums: Tensor
+    centre: Tensor | None
+    channels: int
+    geometry: Conv2dGeometry
+    strategy: str = "triton"
+    reason: str | None = None
+
+
+def why_not(channels: int, geometry: Conv2dGeometry) -> str | None:
+    """Why this kernel does not take a layer; None = it does. channels: of the input."""
+    if geometry.groups > 1:
+        return f"{geometry.groups} groups: the Triton convolution has no grouped form"
+    if channels % 16:
+        return f"{channels} input channels are no multiple of 16, which aligned 16-byte reads need"
+    return None
+
+
+def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry, bits: int = 8) -> State:
+    """Lay out the weight; arguments as in `op.prepare`. bits 4: codes within [-8, 7], kept two to a byte."""
+    weight, centre = subtract_zero_point(codes, zero_point), None
+    low, high = value_range(weight)
+    limit = 1 << bits - 1
+    if low < -limit or high >= limit:
+        ones = torch.ones((1, *codes.shape[1:]), dtype=torch.int16, device=codes.device)
+        weight, centre = torch.cat([codes.to(torch.int16), ones]), zero_point.to(torch.int32)
+    stored = F.pad(weight.permute(0, 2, 3, 1), (0, padded_length(codes.shape[1]) - codes.shape[1])).to(torch.int8).contiguous()
+    return State(pack_int4(stored) if bits == 4 else stored, _interval_sums(weight), centre, codes.shape[1], geometry)
+
+
+def _interval_sums(weight: Tensor) -> Tensor:
+    """Sums over the taps of every interval of rows and columns, in the order of `_valid_taps`: int16 [F, I, kh, kw] -> int32 [R * C, F]."""
+    taps = weight.sum(1, dtype=torch.int32)
+    for dim in (1, 2):
+        ends = [*combinations(range(taps.shape[dim] + 1), 2), (0, 0)]
+        taps = torch.stack([taps.narrow(dim, first, last - first).sum(dim, dtype=torch.int32) for first, last in ends], dim)
+    return taps.flatten(1).T.contiguous()
+
+
+def accumulate(x: Tensor, zero_point: Tensor, state: State) -> Tensor:
+    """sum (x - z_x)(w - z_w): x int8 [B, I, H, W] -> int32 [B, O, H', W'], channels_last."""
+    return launch(x, zero_point, state, torch.int32)
+
+
+def conv2d(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: State, end: Epilogue) -> Tensor:
+    """The whole layer: x int8 [B, I, H, W] channels_last -> [B, O, H', W'] of end.out_dtype, channels_last.
+
+    x_scale, zero_point: one element, or tables where end.step is set; x_scale also [B, 1, 1, 1].
+    """
+    return launch(x, zero_point, state, end.out_dtype, x_scale=x_scale, w_scale=w_scale, bias=bias, end=end)
+
+
+def launch(
+    x: Tensor, zero_point: Tensor, state: State, dtype: torch.dtype, *, x_scale: Tensor | None = None, w_scale: Tensor | None = None,
+    bias: Tensor | None = None, end: Epilogue = Epilogue(), tile: Tile | None = None, splits: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Run the kernels; dtype int32 = corrected sums. tile, splits: None = chosen by `tiles`."""
+    b, c, h, w = x.shape
+    f, kh, kw, row = state.weight.shape
+    bits, n = 4 if state.weight.dtype == torch.uint8 else 8, f - (state.centre is not None)
+    oh, ow = state.geometry.output_size((h, w), (kh, kw))
+    m, processors = b * oh * ow, _processors(x.device)
+    out = torch.empty((b, oh, ow, n), dtype=dtype, device=x.device)
+    if m == 0:
+        return out.permute(0, 3, 1, 2)
+    channels = row * (2 if bits == 4 else 1)
+    tile = tile or choose_tile(m, f, channels, processors)
+    blocks = channels // tile.bk
+    splits = splits or choose_splits(m, f, kh * kw * blocks, tile, processors)
+    shared = _arguments(x, zero_point, x_scale, w_scale, bias, end, state, (h, w, oh, ow), out)
+    split = splits > 1 or state.centre is not None
+    work = torch.empty((splits, m, f), dtype=torch.int32, device=x.device) if split else None
+    share = -(-kh * kw * blocks // splits)
+    grid = (triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), splits)
+    conv2d_kernel[grid](
+        x.permute(0, 2, 3, 1).contiguous(), state.weight, work, M=m, N=f, C=c, BLOCKS=blocks, BLOCKS_PER_SPLIT=share, **shared,
+        BITS=bits, ASM=x.is_cuda, EVEN_C=c % tile.bk == 0, SPLIT=split, BM=tile.bm, BN=tile.bn, BK=tile.bk, GROUP_M=GROUP_M,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
+    )  # fmt: skip
+    if split:
+        grid = (triton.cdiv(m, 32), triton.cdiv(n, 64))
+        finish_kernel[grid](
+            work, state.centre, M=m, N=n, SUMS_N=f, SPLITS=splits, **shared, CENTRE=state.centre is not None, BM=32, BN=64,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out.permute(0, 3, 1, 2)
+
+
+def _arguments(
+    x: Tensor, zero_point: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, end: Epilogue, state: State,
+    sizes: tuple[int, int, int, int], out: Tensor,
+) -> dict[str, Any]:  # fmt: skip
+    """What both kernels take."""
+    residual = None if end.residual is None else end.residual.permute(0, 2, 3, 1).contiguous()
+    tables = (x_scale, zero_point, end.out_scale, end.out_zero_point)
+    indexed = sum(1 << i for i, t in enumerate(tables) if end.step is not None and t is not None and t.numel() > 1)
+    g = state.geometry
+    names = "x_scale_ptr", "x_zero_ptr", "out_scale_ptr", "out_zero_ptr"
+    pointers = {name: None if t is None else t.contiguous() for name, t in zip(names, tables, strict=True)}
+    _, kh, kw, _ = state.weight.shape
+    per_image = end.step is None and x_scale is not None and x_scale.numel() > 1
+    shape = {"H": sizes[0], "W": sizes[1], "OH": sizes[2], "OW": sizes[3], "KH": kh, "KW": kw, "SH": g.stride[0], "SW": g.stride[1]}
+    shape |= {"PH": g.padding[0], "PW": g.padding[1], "DH": g.dilation[0], "DW": g.dilation[1]}
+    pointers |= {"sums_ptr": state.sums, "step_ptr": end.step, "w_scale_ptr": w_scale, "bias_ptr": bias, "residual_ptr": residual}
+    pointers |= {"down_ptr": None, "up_ptr": None, "out_ptr": out}
+    flags = {"HAS_ZERO": True, "PER_IMAGE": per_image, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "RANK": 0}
+    flags |= {"ACTIVATION": end.activation, "TABLES": indexed}
+    flags["WIDE"] = max(x.numel(), out.numel(), state.weight.numel()) >= 1 << 31
+    return pointers | shape | flags
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of an H100 where there is none (interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -1,0 +1,79 @@
+"""Machine code of every shipped tile of the Triton convolutions: integer tensor cores, no spill, shared memory and registers in bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="pip install 'qdm[dev]' brings triton on Linux")
+
+from sass import CAPABILITIES, Compiled, compile_for
+
+from qdm_kernels.conv2d_w8a8.tiles import GROUP_M, TILES, Tile
+from qdm_kernels.conv2d_w8a8.triton import conv2d_kernel, finish_kernel
+
+POINTERS = {
+    "x_ptr": "*i8", "work_ptr": "*i32", "sums_ptr": "*i32", "x_scale_ptr": "*fp32", "x_zero_ptr": "*i32", "step_ptr": "*i32",
+    "w_scale_ptr": "*fp32", "bias_ptr": "*fp32", "residual_ptr": "*bf16", "out_scale_ptr": "*fp32", "out_zero_ptr": "*i32", "out_ptr": "*bf16",
+}  # fmt: skip
+SIZES = dict.fromkeys(("M", "N", "C", "H", "W", "OH", "OW", "BLOCKS", "BLOCKS_PER_SPLIT"), "i32")
+ODD = ("M", "H", "W", "OH", "OW", "BLOCKS", "BLOCKS_PER_SPLIT")
+GEOMETRY = {"KH": 3, "KW": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1}
+FULL: dict[str, Any] = {
+    "WIDE": False, "HAS_ZERO": True, "PER_IMAGE": False, "TABLES": 3, "HAS_BIAS": True, "HAS_RESIDUAL": True, "RANK": 0,
+    "ACTIVATION": "none", "ASM": True, "EVEN_C": True, "SPLIT": False, "GROUP_M": GROUP_M,
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "split": {"SPLIT": True},
+    "int8": {"HAS_RESIDUAL": False, "ACTIVATION": "silu", "TABLES": 15, "out_ptr": "*i8"},
+    "1x1": {"KH": 1, "KW": 1, "PH": 0, "PW": 0},
+    "stride 2": {"SH": 2, "SW": 2},
+    "partial block": {"EVEN_C": False},
+    "past 2^31": {"WIDE": True},
+    "low rank": {"RANK": 32, "down_ptr": "*bf16", "up_ptr": "*bf16"},
+}
+FEW = {(128, 128, 64), (64, 64, 64)}  # (bm, bn, bk) of the tiles on which the other variants are compiled
+
+
+def compiled(tile: Tile, bits: int, capability: int, change: dict[str, Any]) -> Compiled:
+    types = {**POINTERS, **SIZES, "w_ptr": "*i8" if bits == 8 else "*u8"} | {k: v for k, v in change.items() if k.endswith("_ptr")}
+    fixed = GEOMETRY | FULL | {"BITS": bits, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
+    fixed |= {k: v for k, v in change.items() if not k.endswith("_ptr")}
+    return compile_for(conv2d_kernel, capability, types, fixed, warps=tile.warps, stages=tile.stages, odd=ODD, max_registers=tile.registers)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.bm}x{t.bn}x{t.bk}")
+def test_tiles(tile: Tile, bits: int, capability: int) -> None:
+    compiled(tile, bits, capability, {}).check(registers=128 if tile.warps == 8 else 255)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "full"])
+@pytest.mark.parametrize("tile", [t for t in TILES if (t.bm, t.bn, t.bk) in FEW], ids=lambda t: f"{t.bm}x{t.bn}x{t.bk}")
+def test_variants(tile: Tile, name: str, bits: int, capability: int) -> None:
+    compiled(tile, bits, capability, VARIANTS[name]).check(registers=128 if tile.warps == 8 else 255)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_unpacking_permutes_no_bytes(capability: int) -> None:
+    """Only the epilogue's casts may: with int32 sums out there is none."""
+    code = compiled(TILES[1], 4, capability, {"SPLIT": True})
+    assert code.count(r"\bPRMT\b") == 0
+    assert compiled(TILES[1], 4, capability, {"SPLIT": True, "ASM": False}).count(r"\bPRMT\b") > 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("centre", [False, True], ids=["symmetric", "centre"])
+def test_the_second_kernel_does_not_spill(centre: bool, capability: int) -> None:
+    types = {**POINTERS, **dict.fromkeys(("M", "N", "SUMS_N", "H", "W", "OH", "OW", "SPLITS"), "i32"), "centre_ptr": "*i32"}
+    types.pop("x_ptr")
+    keep = ("WIDE", "HAS_ZERO", "PER_IMAGE", "TABLES", "HAS_BIAS", "HAS_RESIDUAL", "RANK", "ACTIVATION")
+    fixed = GEOMETRY | {k: FULL[k] for k in keep} | {"CENTRE": centre, "BM": 32, "BN": 64}
+    odd = ("M", "H", "W", "OH", "OW", "SPLITS", *(("SUMS_N",) if centre else ()))
+    compile_for(finish_kernel, capability, types, fixed, warps=4, odd=odd).check(dot=None, copies=False, registers=128)
