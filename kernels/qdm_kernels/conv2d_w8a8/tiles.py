@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """Output pixels x filters x channels of one program, warps, pipeline stages. registers: cap per thread, None = the compiler's."""
+    """Output pixels x filters x channels of one program, warps, pipeline stages.
+
+    registers: cap per thread, None = the compiler's. since: least compute capability; 128 channels of a 128 x 128 tile spill before 9.0.
+    """
 
     bm: int
     bn: int
@@ -13,15 +16,19 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None
+    since: int = 80
+
+    def __str__(self) -> str:
+        return f"{self.bm}x{self.bn}x{self.bk}"
 
 
 # Eight warps at 128 registers let two programs share a multiprocessor.
 TILES = (
-    Tile(128, 128, 128, 8, 3, 128),
+    Tile(128, 128, 128, 8, 3, 128, since=90),
     Tile(128, 128, 64, 8, 4, 128),
-    Tile(128, 64, 128, 4, 3),
+    Tile(128, 64, 128, 4, 3, since=90),
     Tile(128, 64, 64, 4, 4),
-    Tile(64, 64, 128, 4, 4),
+    Tile(64, 64, 128, 4, 4, since=90),
     Tile(64, 64, 64, 4, 4),
 )
 GROUP_M = 8
@@ -29,13 +36,13 @@ _SHARE_BLOCKS = 8  # least channel blocks of one split: shorter loops do not fil
 _MOST_SPLITS = 8
 
 
-def choose_tile(m: int, n: int, channels: int, processors: int) -> Tile:
-    """Tile for m output pixels, n filters and (padded) input channels on a GPU of so many multiprocessors.
+def choose_tile(m: int, n: int, channels: int, processors: int, capability: int) -> Tile:
+    """Tile for m output pixels, n filters and (padded) input channels on a GPU of so many multiprocessors; capability: 90 = 9.0.
 
     128 filters where they divide n or waste little of it (192, 320, 576 and 960 do not), 64 pixels where 128 leave processors idle.
     """
     bn = 128 if n % 128 == 0 or n > 1024 else 64
-    bk = 128 if channels % 128 == 0 else 64
+    bk = 128 if channels % 128 == 0 and capability >= 90 else 64
     bm = 128
     if _count(m, 128) * _count(n, bn) < processors:
         bn = 64

@@ -285,12 +285,12 @@ def launch(
     f, kh, kw, row = state.weight.shape
     bits, n = 4 if state.weight.dtype == torch.uint8 else 8, f - (state.centre is not None)
     oh, ow = state.geometry.output_size((h, w), (kh, kw))
-    m, processors = b * oh * ow, _processors(x.device)
+    m, (processors, capability) = b * oh * ow, _gpu(x.device)
     out = torch.empty((b, oh, ow, n), dtype=dtype, device=x.device)
     if m == 0:
         return out.permute(0, 3, 1, 2)
     channels = row * (2 if bits == 4 else 1)
-    tile = tile or choose_tile(m, f, channels, processors)
+    tile = tile or choose_tile(m, f, channels, processors, capability)
     blocks = channels // tile.bk
     splits = splits or choose_splits(m, f, kh * kw * blocks, tile, processors)
     shared = _arguments(x, zero_point, x_scale, w_scale, bias, end, state, (h, w, oh, ow), out)
@@ -336,6 +336,9 @@ def _arguments(
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; of an H100 where there is none (interpreter)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors and compute capability (90 = 9.0); an H100's where there is no GPU (interpreter)."""
+    if device.type != "cuda":
+        return 132, 90
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, 10 * found.major + found.minor
