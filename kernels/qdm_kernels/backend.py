@@ -1,11 +1,12 @@
 """Choice of the implementation of an op, with a reason for every refusal.
 
-Backends, best first: `cpu` (oneDNN int8, or exact fp32 arithmetic where int8 is not exact), `reference` (float64, every device).
-A `triton` backend takes its place in front of `cpu` (README: Adding a backend). QDM_BACKEND=reference|cpu overrides the choice.
+Backends, best first: `triton` (CUDA), `cpu` (oneDNN int8, or exact fp32 arithmetic where int8 is not exact), `reference` (float64,
+every device). QDM_BACKEND=triton|cpu|reference overrides the choice.
 """
 
 import enum
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from qdm_kernels import onednn
 from qdm_kernels.geometry import Conv2dGeometry
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 STRATEGIES = ("onednn", "fp32")
-OPS = ("quantize", "linear_w8a8", "conv2d_w8a8", "conv2d_w4a8")
+OPS = ("quantize", "linear_w8a8", "linear_w4a8", "conv2d_w8a8", "conv2d_w4a8")
+LEAST_CAPABILITY = (8, 0)  # int8 tensor cores with 32 inputs at a time; triton compiles no int8 product below
 
 
 class Exact(enum.Enum):
@@ -64,7 +66,7 @@ def choose(op: str, *, device: str | torch.device = "cpu", backend: str | None =
 
 
 def why_not(name: str, op: str, *, device: str | torch.device = "cpu", weight_range: tuple[int, int] = (0, 0)) -> str | None:
-    """Why a backend (`cpu`, `reference`) or a strategy of the cpu backend (`onednn`, `fp32`) cannot run an op; None = it can.
+    """Why a backend (`triton`, `cpu`, `reference`) or a strategy of the cpu backend (`onednn`, `fp32`) cannot run an op; None = it can.
 
     weight_range: lowest and highest weight code minus zero point, asked of `onednn` only. ValueError on an unknown op.
     """
@@ -74,6 +76,8 @@ def why_not(name: str, op: str, *, device: str | torch.device = "cpu", weight_ra
         return None
     if name not in (*BACKENDS, *STRATEGIES):
         return f"unknown backend; one of {', '.join(BACKENDS)}"
+    if name == "triton":
+        return _why_not_triton(op, torch.device(device))
     if torch.device(device).type != "cpu":
         return f"runs on the cpu, the tensors are on {device}"
     if op == "quantize":
@@ -81,6 +85,20 @@ def why_not(name: str, op: str, *, device: str | torch.device = "cpu", weight_ra
     if name == "onednn":
         return _why_not_onednn(probe().int8(op), *weight_range)
     return None if probe().fp32 else "float32 kernels are not exact on integers on this CPU"
+
+
+@functools.cache
+def _why_not_triton(op: str, device: torch.device) -> str | None:
+    if importlib.util.find_spec(f"qdm_kernels.{op}.triton") is None:
+        return f"{op} has no Triton kernel"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"runs on CUDA GPUs, the tensors are on {device}"
+    found = torch.cuda.get_device_capability(device)
+    return None if found >= LEAST_CAPABILITY else f"needs compute capability 8.0, {device} has {found[0]}.{found[1]}"
 
 
 def _why_not_onednn(exact: Exact, low: int, high: int) -> str | None:

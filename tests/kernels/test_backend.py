@@ -24,7 +24,7 @@ def test_cpu_is_chosen_and_the_environment_overrides(op: str, monkeypatch: pytes
     assert backend.choose(op) == "reference"
     assert backend.choose(op, backend="cpu") == "cpu"
     monkeypatch.setenv("QDM_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="unknown backend; one of cpu, reference"):
+    with pytest.raises(ValueError, match="unknown backend; one of triton, cpu, reference"):
         backend.choose(op)
 
 

@@ -173,7 +173,8 @@ def test_row_of_ones_falls_back_to_slices_past_2_24(probe_as) -> None:
         ({"scale": torch.ones(6)}, r"scale has one entry per output, \[4\]"),
         ({"zero_point": torch.zeros(4)}, "integer tensor"),
         ({"bias": torch.zeros(())}, "bias has one entry"),
-        ({"backend": "triton"}, "unknown backend"),
+        ({"backend": "cuda"}, "unknown backend"),
+        ({"codes": torch.zeros(4, 0, dtype=torch.int8)}, "at least one input"),
     ],
 )
 def test_prepare_errors(change: dict, message: str) -> None:

@@ -101,7 +101,7 @@ def test_states_survive_text(draw, probe_as) -> None:
     for exact, limit in ((Exact.FULL, 8), (Exact.NONE, 128)):
         probe_as(exact)
         layer = op.prepare(draw((5, 9000), -limit, limit - 1), torch.ones(5), torch.zeros(5, dtype=torch.int32), None, backend="cpu")
-        home = op._IMPLEMENTATIONS["cpu"]
+        home = op.implementation("linear_w8a8", "cpu")
         again = unflatten(*flatten(layer.state), home)
         assert type(again) is type(layer.state)
         assert torch.equal(home.accumulate(x, z, again), op.accumulate(x, z, layer))

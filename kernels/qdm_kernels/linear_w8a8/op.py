@@ -4,6 +4,9 @@ Operator qdm::linear_w8a8: what `linear` is under torch.compile and torch.export
 """
 
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,23 +15,22 @@ from torch import Tensor
 from qdm_kernels import backend as _backend
 from qdm_kernels.epilogue.reference import Epilogue, finish
 from qdm_kernels.exact import check_int32, subtract_zero_point
-from qdm_kernels.linear_w8a8 import cpu, reference
 from qdm_kernels.prepared import Prepared, check_activation, check_weight, flatten, integer_op, unflatten
 from qdm_kernels.quantize.reference import pick
-
-_IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
 
 
 @dataclass(frozen=True)
 class PreparedLinear(Prepared):
-    """A weight packed for one backend. strategy: how it computes; reason: why not by oneDNN int8, None = it does or was not asked."""
+    """A weight packed for one backend. strategy: how it computes; reason: why not by the fastest kernel of the device, None = it does."""
 
+    op: str  # linear_w8a8 or linear_w4a8
     backend: str
     in_features: int
     out_features: int
     scale: Tensor  # float32 [N]
     bias: Tensor | None  # float32 [N]
     state: Any
+    refused: str | None = None  # why the triton backend does not take this layer
     tensors: list[Tensor] = field(init=False, repr=False)  # the state as a registered operator takes it
     how: str = field(init=False, repr=False)
 
@@ -39,28 +41,46 @@ class PreparedLinear(Prepared):
 
     @property
     def strategy(self) -> str:
-        """`onednn`, `fp32` or `float64`."""
+        """`triton`, `onednn`, `fp32` or `float64`."""
         return self.state.strategy
 
     @property
     def reason(self) -> str | None:
-        """Why the oneDNN int8 kernel was passed over."""
-        return self.state.reason
+        """Why the Triton or the oneDNN int8 kernel was passed over."""
+        return self.refused or self.state.reason
+
+
+@cache
+def implementation(op: str, backend: str) -> ModuleType:
+    """Module that implements an op; triton's is imported when it is first asked for."""
+    return import_module(f"qdm_kernels.{op}.{backend}")
 
 
 @integer_op
 def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, *, backend: str | None = None) -> PreparedLinear:
     """Pack a weight once: codes int8 [N, K], scale float32 [N], zero_point int [N], bias float32 [N] or None.
 
-    4-bit weights come as plain codes (-8..7). backend: None = `qdm_kernels.backend.choose`.
-    ValueError on wrong shapes or dtypes, a backend that cannot run, or a layer whose accumulator could overflow int32.
+    4-bit weights come as plain codes (-8..7). backend: None = `qdm_kernels.backend.choose`, and the next best where the triton kernel
+    refuses the layer (`reason`). ValueError on wrong shapes or dtypes, no inputs, a backend that cannot run, or a layer whose
+    accumulator could overflow int32.
     """
+    return prepare_as("linear_w8a8", codes, scale, zero_point, bias, backend)
+
+
+def prepare_as(op: str, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, backend: str | None) -> PreparedLinear:
+    """`prepare` for one of the two ops; errors as there."""
     check_weight(codes, scale, zero_point, bias, dim=2)
+    if codes.shape[1] == 0:
+        raise ValueError(f"a layer has at least one input, got weight codes {tuple(codes.shape)}")
     check_int32(subtract_zero_point(codes, zero_point))
-    name = _backend.choose("linear_w8a8", device=codes.device, backend=backend)
     n, k = codes.shape
-    kept_bias = None if bias is None else bias.detach().float()
-    return PreparedLinear(name, k, n, scale.detach().float(), kept_bias, _IMPLEMENTATIONS[name].prepare(codes, zero_point))
+    name, refused = _backend.choose(op, device=codes.device, backend=backend), None
+    if name == "triton" and (refused := implementation(op, name).why_not(k)):
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' cannot run this {op}: {refused}")
+        name = _backend.choose(op, device=codes.device, without="triton")
+    kept = [None if value is None else value.detach().float() for value in (scale, bias)]
+    return PreparedLinear(op, name, k, n, kept[0], kept[1], implementation(op, name).prepare(codes, zero_point), refused)
 
 
 @integer_op
@@ -77,49 +97,58 @@ def linear(
     _check_call(x_codes, x_zero_point, prepared, end)
     p = prepared
     if not torch.compiler.is_compiling():
-        return _linear(x_codes, x_scale, x_zero_point, p.scale, p.bias, p.backend, p.state, end)
-    return torch.ops.qdm.linear_w8a8(
+        return _run(x_codes, x_scale, x_zero_point, p.scale, p.bias, implementation(p.op, p.backend), p.state, end)
+    return getattr(torch.ops.qdm, p.op)(
         x_codes, x_scale, x_zero_point, p.scale, p.bias, p.tensors, p.how, step,
         end.activation, end.residual, end.out_dtype, end.out_scale, end.out_zero_point,
     )  # fmt: skip
 
 
-@torch.library.custom_op("qdm::linear_w8a8", mutates_args=())
-def _operator(
-    x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: list[Tensor], how: str,
-    step: Tensor | None, activation: str, residual: Tensor | None, out_dtype: torch.dtype, out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """x int8 [..., K] -> [..., N]. state, how: `PreparedLinear.tensors` and `.how`; the rest as in `linear`."""
-    backend, _, text = how.partition(" ")
-    end = Epilogue(activation, residual, out_dtype, out_scale, out_zero_point, step)
-    return _linear(x, x_scale, x_zero_point, w_scale, bias, backend, unflatten(state, text, _IMPLEMENTATIONS[backend]), end)
+def register(op: str) -> None:
+    """Register qdm::`op` with its fake. x int8 [..., K] -> [..., N]; state, how: `PreparedLinear.tensors` and `.how`."""
+
+    @torch.library.custom_op(f"qdm::{op}", mutates_args=())
+    def operator(
+        x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: list[Tensor], how: str,
+        step: Tensor | None, activation: str, residual: Tensor | None, out_dtype: torch.dtype, out_scale: Tensor | None,
+        out_zero_point: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        end = Epilogue(activation, residual, out_dtype, out_scale, out_zero_point, step)
+        backend, _, text = how.partition(" ")
+        home = implementation(op, backend)
+        return _run(x, x_scale, x_zero_point, w_scale, bias, home, unflatten(state, text, home), end)
+
+    @operator.register_fake
+    def _(
+        x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: list[Tensor], how: str,
+        step: Tensor | None, activation: str, residual: Tensor | None, out_dtype: torch.dtype, out_scale: Tensor | None,
+        out_zero_point: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        return x.new_empty((*x.shape[:-1], w_scale.shape[-1]), dtype=out_dtype)
 
 
-@_operator.register_fake
-def _(
-    x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: list[Tensor], how: str,
-    step: Tensor | None, activation: str, residual: Tensor | None, out_dtype: torch.dtype, out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((*x.shape[:-1], w_scale.shape[-1]), dtype=out_dtype)
+register("linear_w8a8")
 
 
-def _linear(
-    x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, backend: str, state: Any, end: Epilogue
+def _run(
+    x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, home: ModuleType, state: Any, end: Epilogue
 ) -> Tensor:
-    lead = x.shape[:-1]
-    x_scale, x_zero_point = pick(x_scale, end.step), pick(x_zero_point, end.step)
-    s = x_scale.reshape(()) if x_scale.numel() == 1 else x_scale.expand(*lead, 1).reshape(-1, 1)
-    y = _IMPLEMENTATIONS[backend].linear(_rows(x), s.float(), x_zero_point, w_scale, bias, state)
-    return finish(y.reshape(*lead, w_scale.shape[-1]), end)
+    """One call on a backend's module: triton finishes inside its kernel, the others after it."""
+    shape, rows = (*x.shape[:-1], w_scale.shape[-1]), _rows(x)
+    if end.step is None and x_scale.numel() != 1:
+        x_scale = x_scale.expand(*x.shape[:-1], 1).reshape(-1, 1)
+    if state.strategy == "triton":
+        return home.linear(rows, x_scale.float(), x_zero_point, w_scale, bias, state, end).reshape(shape)
+    s, z = pick(x_scale, end.step).float(), pick(x_zero_point, end.step)
+    y = home.linear(rows, s.reshape(()) if s.numel() == 1 else s, z, w_scale, bias, state)
+    return finish(y.reshape(shape), end)
 
 
 @integer_op
 def accumulate(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedLinear) -> Tensor:
     """Exact integer part: sum_k (x - z_x)(w - z_w), x_codes int8 [..., K] -> int32 [..., N]. Errors as `linear`."""
     _check_call(x_codes, x_zero_point, prepared, Epilogue())
-    sums = _IMPLEMENTATIONS[prepared.backend].accumulate(_rows(x_codes), x_zero_point, prepared.state)
+    sums = implementation(prepared.op, prepared.backend).accumulate(_rows(x_codes), x_zero_point, prepared.state)
     return sums.reshape(*x_codes.shape[:-1], prepared.out_features)
 
 

@@ -1,13 +1,13 @@
 """Quantization of activations to signed int8 codes (README: Arithmetic contract). Operators qdm::quantize and qdm::quantize_per_token."""
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
 from qdm_kernels import backend
 from qdm_kernels.prepared import integer_op
 from qdm_kernels.quantize import cpu, reference
-
-_IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
 
 
 @integer_op
@@ -31,9 +31,12 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tens
 def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Round each row on its own symmetric scale: float [..., K] -> (int8 [..., K], float32 scale [..., 1]).
 
-    scale = max|row| / (2^(bits-1) - 1); 1 for a row of zeros. Errors as `quantize`.
+    scale = max|row| / (2^(bits-1) - 1); 1 for a row of zeros, NaN for a row that holds NaN, so that its products show it. Errors as
+    `quantize`, and on rows of no entries.
     """
     _check(x, None, bits)
+    if x.shape[-1] == 0:
+        raise ValueError(f"a row has at least one entry, got {tuple(x.shape)}")
     if not torch.compiler.is_compiling():
         return _quantize_per_token(x, bits)
     return reference.quantize_per_token(x, bits) if x.device.type == "cpu" else torch.ops.qdm.quantize_per_token(x, bits)
@@ -60,11 +63,18 @@ def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tensor | None) -> Tensor:
-    kernel = _IMPLEMENTATIONS[backend.choose("quantize", device=x.device)]
-    return kernel.quantize(x, reference.pick(scale, step), reference.pick(zero_point, step), bits)
+    name = backend.choose("quantize", device=x.device)
+    if name == "triton":
+        kernels = import_module("qdm_kernels.quantize.triton")
+        if kernels.takes(scale, zero_point, step):
+            return kernels.quantize(x, scale, zero_point, bits, step)
+    plain = cpu if name == "cpu" else reference
+    return plain.quantize(x, reference.pick(scale, step), reference.pick(zero_point, step), bits)
 
 
 def _quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    if backend.choose("quantize", device=x.device) == "triton":
+        return import_module("qdm_kernels.quantize.triton").quantize_per_token(x, bits)
     scale = reference.row_scale(x, bits)
     return _quantize(x, scale, torch.zeros((), dtype=torch.int32, device=x.device), bits, None), scale
 

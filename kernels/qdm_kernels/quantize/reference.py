@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_SMALLEST_ROW = 1e-30  # below it the reciprocal of the scale overflows; such a row is treated as zero
+SMALLEST_ROW = 1e-30  # below it the reciprocal of the scale overflows; such a row is treated as zero
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -21,9 +21,9 @@ def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def row_scale(x: Tensor, bits: int) -> Tensor:
-    """max|row| / (2^(bits-1) - 1), 1 for a row of zeros: [..., K] -> float32 [..., 1]."""
+    """max|row| / (2^(bits-1) - 1), 1 for a row of zeros, NaN for one with NaN: [..., K] -> float32 [..., 1]."""
     top = x.abs().amax(-1, keepdim=True).float()
-    return torch.where(top > _SMALLEST_ROW, top / ((1 << bits - 1) - 1), 1.0)
+    return torch.where(top <= SMALLEST_ROW, 1.0, top / ((1 << bits - 1) - 1))
 
 
 def pick(table: Tensor, step: Tensor | None) -> Tensor:

@@ -1,0 +1,1 @@
+"""What the Triton matrix products share: device functions, tile shapes, measured configurations."""

@@ -1,0 +1,152 @@
+"""Which tile a matrix product gets: measured entries of a file where there are some, else a model of the time (README: Tiles).
+
+Keyed by the power of two above M, never by M itself: a new resolution compiles nothing and looks nothing up twice.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GROUP_M = 8
+SHARED_BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448}  # per block
+_SMALLEST_SHARED = 101_376
+_SHARE_INPUTS = 512  # least inputs of one split: shorter loops do not fill the pipeline
+_SPLITS = (1, 2, 4, 8)
+_LATENCY_INPUTS = 256  # inputs whose time filling and draining a tile's pipeline takes
+_BYTES_PER_OP = 1979e12 * 0.62 / 3.0e12  # H100: operations in the time of one byte
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows x outputs x inputs of one program, warps, pipeline stages.
+
+    registers: cap per thread, None = the compiler's. swap: weights take the side of the rows, x that of the columns. since: least
+    capability; 128 inputs of a 128 x 128 tile spill before 9.0.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    registers: int | None = None
+    swap: bool = False
+    since: int = 80
+
+    def __str__(self) -> str:
+        return f"{self.bm}x{self.bn}x{self.bk}"
+
+    @property
+    def shared_bytes(self) -> int:
+        """int8 operands of every stage."""
+        return (self.bm + self.bn) * self.bk * self.stages
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tile, and into how many shares K is cut."""
+
+    tile: Tile
+    splits: int = 1
+
+
+# Eight warps at 128 registers let two programs share a multiprocessor.
+TILES = (
+    Tile(128, 128, 128, 8, 3, 128, since=90),
+    Tile(128, 128, 64, 8, 4, 128),
+    Tile(128, 64, 128, 4, 3),
+    Tile(128, 64, 64, 4, 4),
+    Tile(64, 128, 128, 4, 3),
+    Tile(64, 128, 64, 4, 4),
+    Tile(64, 64, 128, 4, 3),
+    Tile(64, 64, 64, 4, 4),
+    Tile(32, 64, 128, 4, 4, swap=True),
+    Tile(32, 64, 64, 4, 5, swap=True),
+    Tile(16, 64, 128, 4, 4, swap=True),
+    Tile(16, 64, 64, 4, 5, swap=True),
+)
+
+
+def choose_plan(op: str, m: int, n: int, k: int, device: torch.device) -> Plan:
+    """Plan for x [m, k] and w [n, k], k a multiple of 64. A device without CUDA (the interpreter) counts as an H100."""
+    capability, count = processors(device)
+    return _plan(op, bucket(m), n, k, capability, count, user_file())
+
+
+def bucket(m: int) -> int:
+    """The power of two at or above m, from 16 up: what a plan depends on."""
+    return max(16, 1 << (m - 1).bit_length())
+
+
+@cache
+def _plan(op: str, m: int, n: int, k: int, capability: int, count: int, file: Path | None) -> Plan:
+    return measured(op, m, n, k, capability, file) or modelled(m, n, k, capability, count)
+
+
+def modelled(m: int, n: int, k: int, capability: int, count: int) -> Plan:
+    """Plan of least modelled time on `count` multiprocessors: waves of tiles against bytes moved. Of equals, the first in TILES."""
+    plans = (Plan(tile, splits) for tile in _fitting(m, k, capability) for splits in _SPLITS if splits == 1 or k // splits >= _SHARE_INPUTS)
+    return min(plans, key=lambda plan: _time(plan, m, n, k, count))
+
+
+def _fitting(m: int, k: int, capability: int) -> list[Tile]:
+    limit = SHARED_BYTES.get(capability, _SMALLEST_SHARED)
+    tiles = [tile for tile in TILES if k % tile.bk == 0 and tile.since <= capability and tile.shared_bytes <= limit]
+    return [tile for tile in tiles if (tile.bm == m if tile.swap else m > 32)]
+
+
+def _time(plan: Plan, m: int, n: int, k: int, count: int) -> float:
+    """Modelled time, in operations of one multiprocessor."""
+    tile, splits = plan.tile, plan.splits
+    programs = -(-m // tile.bm) * -(-n // tile.bn) * splits
+    work = -(-programs // count) * 2 * tile.bm * tile.bn * (k / splits + _LATENCY_INPUTS)
+    traffic = m * k + n * k + 2 * m * n + (8 * m * n * splits if splits > 1 else 0)
+    return max(work, traffic * _BYTES_PER_OP / count)
+
+
+def user_file() -> Path | None:
+    """The user's own measurements: QDM_TUNED, else ~/.cache/qdm/tuned.json; None = there is none."""
+    path = Path(os.environ.get("QDM_TUNED") or Path.home() / ".cache/qdm/tuned.json")
+    return path if path.is_file() else None
+
+
+def measured(op: str, m: int, n: int, k: int, capability: int, file: Path | None) -> Plan | None:
+    """Entry of the user's file, else of the shipped one of this capability; None = not measured."""
+    shipped = Path(__file__).parents[1] / f"tuned/sm{capability}.json"
+    for path in (file, shipped):
+        entry = _entries(path).get((op, m, n, k)) if path is not None and path.is_file() else None
+        if entry is not None:
+            return entry
+    return None
+
+
+@cache
+def _entries(path: Path) -> dict[tuple[str, int, int, int], Plan]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {(e["op"], e["m"], e["n"], e["k"]): Plan(Tile(**e["tile"]), e["splits"]) for e in content["entries"]}
+
+
+def entry(op: str, m: int, n: int, k: int, plan: Plan, **measured_values: Any) -> dict[str, Any]:
+    """One entry of a file of measurements, for the shapes of m's bucket."""
+    return {"op": op, "m": bucket(m), "n": n, "k": k, "tile": asdict(plan.tile), "splits": plan.splits, **measured_values}
+
+
+@cache
+def processors(device: torch.device) -> tuple[int, int]:
+    """(capability as 80 or 90, multiprocessors) of a GPU; of an H100 where there is none."""
+    if device.type != "cuda":
+        return 90, 132
+    found = torch.cuda.get_device_properties(device)
+    return found.major * 10 + found.minor, found.multi_processor_count
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x contiguous and on a 16-byte boundary, copied only if it is not: an odd address would compile a slow variant."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -1,0 +1,40 @@
+"""Device functions of the Triton matrix products: order of the tiles, unpacking of 4-bit codes."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of this program's tile; GROUP_M row tiles share a column of weights while it is in L2."""
+    pid = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = pid // (GROUP_M * tiles_n) * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    inside = pid % (GROUP_M * tiles_n)
+    return first + inside % rows, inside // rows
+
+
+@triton.jit
+def plane_offsets(WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Inputs that WIDTH stored bytes stand for: themselves, or with 4 bits those of the low nibbles; the high ones come 32 later."""
+    j = tl.arange(0, WIDTH)
+    return j if BITS == 8 else (j // 32) * 64 + j % 32
+
+
+@triton.jit
+def unpack_low(packed, ASM: tl.constexpr):
+    """16 * the low nibble, signed: uint8 -> int8. ASM: four bytes by two instructions; the interpreter takes the plain form."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return (packed << 4).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def unpack_high(packed, ASM: tl.constexpr):
+    """16 * the high nibble, signed: uint8 -> int8."""
+    if ASM:
+        return tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4)
+    return (packed & 0xF0).to(tl.int8, bitcast=True)

@@ -1,0 +1,242 @@
+"""Linear layer on CUDA GPUs: x [M, K] times w [N, K] on integer tensor cores, 8-bit weights or 4-bit ones in two K-planes.
+
+Both operands are read along K. Few rows (M <= 32) change places with the weights, so that a tile still has the 64 rows of a warp group.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qdm_kernels.epilogue.reference import Epilogue
+from qdm_kernels.epilogue.triton import pick, store
+from qdm_kernels.exact import subtract_zero_point, value_range
+from qdm_kernels.gemm.tiles import GROUP_M, Plan, aligned, choose_plan
+from qdm_kernels.gemm.triton import plane_offsets, tile_of, unpack_high, unpack_low
+from qdm_kernels.layout import pack_int4, padded_length
+
+_MOST_INPUTS = 131_071  # 128 * 128 * K must stay below 2^31: integer tensor cores saturate there
+
+
+@triton.jit
+def _multiply(x, w, acc, SWAP: tl.constexpr):
+    """acc + x w^T, or its transpose: x [BM, k], w [BN, k] int8."""
+    if SWAP:
+        acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
+    else:
+        acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr,
+    out_ptr, M, N, WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Raw int32 sums [BM, BN] -> corrected for x's zero point, scaled, finished and stored. An int32 output takes the corrected sums."""
+    m_ok, n_ok = offs_m < M, offs_n < N
+    mask = m_ok[:, None] & n_ok[None, :]
+    at = (offs_m.to(tl.int64) if WIDE else offs_m)[:, None] * N + offs_n[None, :]
+    x_zero = pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32)
+    acc -= x_zero * tl.load(sums_ptr + offs_n, mask=n_ok, other=0)[None, :]
+    if out_ptr.dtype.element_ty == tl.int32:
+        tl.store(out_ptr + at, acc, mask=mask)
+    else:
+        w_scale = tl.load(w_scale_ptr + offs_n, mask=n_ok, other=0.0)
+        if PER_ROW:
+            y = acc.to(tl.float32) * (tl.load(x_scale_ptr + offs_m, mask=m_ok, other=0.0)[:, None] * w_scale[None, :])
+        else:
+            y = acc.to(tl.float32) * (pick(x_scale_ptr, step_ptr, TABLES & 1) * w_scale)[None, :]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_n, mask=n_ok, other=0.0)[None, :]
+        store(
+            y, out_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, step_ptr, at, mask, ACTIVATION, HAS_RESIDUAL, TABLES & 4, TABLES & 8
+        )  # fmt: skip
+
+
+# TABLES: which of x_scale 1, x_zero_point 2, out_scale 4, out_zero_point 8 are indexed by the step.
+@triton.jit(do_not_specialize=["M"])
+def linear_kernel(
+    x_ptr, w_ptr, work_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+    out_zero_ptr, out_ptr, M, N, K, BLOCKS, BLOCKS_PER_SPLIT,
+    WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One [BM, BN] tile of the output or, with SPLIT, of the raw sums of one share of K.
+
+    x [M, K] int8; w [N, BLOCKS * BK] int8, or half as many bytes in two K-planes; work [splits, M, N] int32; out [M, N].
+    """
+    tile_m, tile_n = tile_of(M, N, BM, BN, GROUP_M)
+    offs_m, offs_n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
+    m_ok, n_ok = offs_m < M, offs_n < N
+    width: tl.constexpr = BK if BITS == 8 else BK // 2
+    offs_k = plane_offsets(width, BITS)
+    x_tile = x_ptr + (offs_m.to(tl.int64) if WIDE else offs_m)[:, None] * K + offs_k[None, :]
+    w_tile = w_ptr + (offs_n.to(tl.int64) if WIDE else offs_n)[:, None] * (BLOCKS * width) + tl.arange(0, width)[None, :]
+
+    begin = tl.program_id(1) * BLOCKS_PER_SPLIT
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.int32)
+    for block in range(begin, tl.minimum(begin + BLOCKS_PER_SPLIT, BLOCKS)):
+        k = block * BK
+        w = tl.load(w_tile + block * width, mask=n_ok[:, None], other=0)
+        x = tl.load(x_tile + k, mask=m_ok[:, None] if EVEN_K else m_ok[:, None] & (k + offs_k < K)[None, :], other=0)
+        if BITS == 8:
+            acc = _multiply(x, w, acc, SWAP)
+        else:
+            high = tl.load(x_tile + k + 32, mask=m_ok[:, None] if EVEN_K else m_ok[:, None] & (k + offs_k + 32 < K)[None, :], other=0)
+            acc = _multiply(x, unpack_low(w, ASM), acc, SWAP)
+            acc = _multiply(high, unpack_high(w, ASM), acc, SWAP)
+    if BITS == 4:
+        acc = acc >> 4  # every product carries the factor 16 of a nibble kept in the high half
+    if SWAP:
+        acc = acc.T
+
+    if SPLIT:
+        at = (tl.program_id(1).to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
+        tl.store(work_ptr + at, acc, mask=m_ok[:, None] & n_ok[None, :])
+    elif BM * BN >= 8192:
+        # Two halves, one after the other: a whole tile's epilogue takes half as many registers again.
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        offs_half = tile_n * BN + tl.arange(0, BN // 2)
+        _finish(
+            left, offs_m, offs_half, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+            out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+        )  # fmt: skip
+        _finish(
+            right, offs_m, offs_half + BN // 2, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+            out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+        )  # fmt: skip
+    else:
+        _finish(
+            acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+            out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "SPLITS"])
+def finish_kernel(
+    work_ptr, centre_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr,
+    out_ptr, M, N, WORK_N, SPLITS,
+    WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, CENTRE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Adds the shares of K, in order, and finishes them: work [SPLITS, M, WORK_N] int32 -> out [M, N].
+
+    CENTRE: column N of the sums is the product with ones, X; z_w[n] * (X - z_x K) leaves every column n.
+    """
+    offs_m, offs_n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    m_ok = offs_m < M
+    mask = m_ok[:, None] & (offs_n < N)[None, :]
+    row = offs_m.to(tl.int64) * WORK_N
+    acc = tl.zeros((BM, BN), dtype=tl.int32)
+    ones = tl.zeros((BM,), dtype=tl.int32)
+    share = tl.cast(M, tl.int64) * WORK_N
+    for split in range(SPLITS):
+        acc += tl.load(work_ptr + split * share + row[:, None] + offs_n[None, :], mask=mask, other=0)
+        if CENTRE:
+            ones += tl.load(work_ptr + split * share + row + N, mask=m_ok, other=0)
+    if CENTRE:
+        ones -= pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32) * tl.load(sums_ptr + N)
+        acc -= ones[:, None] * tl.load(centre_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
+    _finish(
+        acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+        out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class State:
+    """Weights as the kernel reads them.
+
+    weight: [F, ceil64(K)] int8, or half as many bytes uint8 in two K-planes; F = outputs, and a row of ones where centre is set.
+    sums: int32 [F], sum of each row. centre: None = zero points are 0 or folded in; else z_w, int32 [N].
+    """
+
+    weight: Tensor
+    sums: Tensor
+    centre: Tensor | None
+    inputs: int
+    strategy: str = "triton"
+    reason: str | None = None
+
+
+def why_not(inputs: int) -> str | None:
+    """Why this kernel does not take a layer of so many inputs; None = it does."""
+    return f"{inputs} inputs can saturate int32 tensor cores, {_MOST_INPUTS} cannot" if inputs > _MOST_INPUTS else None
+
+
+def prepare(codes: Tensor, zero_point: Tensor, bits: int = 8) -> State:
+    """Lay out the weight; arguments as in `op.prepare`. bits 4: codes within [-8, 7], kept two to a byte."""
+    weight, centre = subtract_zero_point(codes, zero_point), None
+    low, high = value_range(weight)
+    limit = 1 << bits - 1
+    if low < -limit or high >= limit:
+        ones = torch.ones((1, codes.shape[1]), dtype=torch.int16, device=codes.device)
+        weight, centre = torch.cat([codes.to(torch.int16), ones]), zero_point.to(torch.int32)
+    sums = weight.sum(1, dtype=torch.int32)
+    stored = F.pad(weight.to(torch.int8), (0, padded_length(codes.shape[1]) - codes.shape[1]))
+    return State(pack_int4(stored) if bits == 4 else stored, sums, centre, codes.shape[1])
+
+
+def accumulate(x: Tensor, zero_point: Tensor, state: State) -> Tensor:
+    """sum_k (x - z_x)(w - z_w): x int8 [M, K] -> int32 [M, N]."""
+    return launch(x, zero_point, state, torch.int32)
+
+
+def linear(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: State, end: Epilogue) -> Tensor:
+    """The whole layer: x int8 [M, K] -> [M, N] of end.out_dtype.
+
+    x_scale, zero_point: one element, or tables where end.step is set; without a step x_scale may be [M, 1]. end.residual: [M, N].
+    """
+    return launch(x, zero_point, state, end.out_dtype, x_scale=x_scale, w_scale=w_scale, bias=bias, end=end)
+
+
+def launch(
+    x: Tensor, zero_point: Tensor, state: State, dtype: torch.dtype, *, x_scale: Tensor | None = None, w_scale: Tensor | None = None,
+    bias: Tensor | None = None, end: Epilogue = Epilogue(), plan: Plan | None = None,
+) -> Tensor:  # fmt: skip
+    """Run the kernels; dtype int32 = corrected sums. plan: None = chosen by `gemm.tiles`."""
+    m, (f, width), bits = x.shape[0], state.weight.shape, 4 if state.weight.dtype == torch.uint8 else 8
+    n, padded = f - (state.centre is not None), width * 8 // bits
+    out = torch.empty((m, n), dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x = aligned(x if x.shape[1] % 16 == 0 else F.pad(x, (0, padded - x.shape[1])))
+    plan = plan or choose_plan(f"linear_w{bits}a8", m, f, padded, x.device)
+    tile, blocks = plan.tile, padded // plan.tile.bk
+    shared = _arguments(zero_point, x_scale, w_scale, bias, end, state, out)
+    shared["WIDE"] = max(x.numel(), out.numel(), state.weight.numel()) >= 1 << 31
+    split = plan.splits > 1 or state.centre is not None
+    work = torch.empty((plan.splits, m, f), dtype=torch.int32, device=x.device) if split else None
+    linear_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), plan.splits)](
+        x, state.weight, work, M=m, N=f, K=x.shape[1], BLOCKS=blocks, BLOCKS_PER_SPLIT=-(-blocks // plan.splits), **shared,
+        BITS=bits, ASM=x.is_cuda, EVEN_K=x.shape[1] % tile.bk == 0, SWAP=tile.swap, SPLIT=split, BM=tile.bm, BN=tile.bn, BK=tile.bk,
+        GROUP_M=GROUP_M, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
+    )  # fmt: skip
+    if split:
+        finish_kernel[(triton.cdiv(m, 32), triton.cdiv(n, 64))](
+            work, state.centre, M=m, N=n, WORK_N=f, SPLITS=plan.splits, **shared, CENTRE=state.centre is not None, BM=32, BN=64,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def _arguments(
+    zero_point: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, end: Epilogue, state: State, out: Tensor
+) -> dict[str, Any]:
+    """What both kernels take."""
+    tables = (x_scale, zero_point, end.out_scale, end.out_zero_point)
+    indexed = sum(1 << i for i, t in enumerate(tables) if end.step is not None and t is not None and t.numel() > 1)
+    names = "x_scale_ptr", "x_zero_ptr", "out_scale_ptr", "out_zero_ptr"
+    pointers = {name: None if t is None else t.contiguous() for name, t in zip(names, tables, strict=True)}
+    residual = None if end.residual is None else end.residual.contiguous()
+    pointers |= {"sums_ptr": state.sums, "step_ptr": end.step, "w_scale_ptr": w_scale, "bias_ptr": bias, "residual_ptr": residual}
+    flags = {"PER_ROW": end.step is None and x_scale is not None and x_scale.numel() > 1, "TABLES": indexed}
+    flags |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": end.activation}
+    return {**pointers, **flags, "out_ptr": out}
