@@ -1,7 +1,7 @@
 """The transformers' cut: what blocks a .. b-1 add to the token stream (Delta-DiT, arXiv 2406.01125, in its plain form).
 
 Blocks are numbered through all lists of the model (FLUX: double blocks, then single ones). Models that carry text and image tokens side by
-side keep one tensor: the image tokens' residual when b is the end (the text tokens are not read after it), else text and image tokens in a row.
+side keep one tensor: the image tokens' residual when b is the end (text tokens are not read after it), else text and image tokens in a row.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DeepCache's cut (arXiv 2312.00858, section 3): the main-branch input of up-layer m of any U-Net of diffusers, found by its structure.
 
-Down layers are numbered D_1 .. D_d: `conv_in` is D_1, then every residual layer (with its attention) and every downsampler; up layer U_i reads
-the skip of D_i. A partial call is the model's own forward on a shallower U-Net that shares the layers: D_1 .. D_m, the kept tensor in place of
-the middle, U_m .. U_1.
+Down layers are numbered D_1 .. D_d: `conv_in` is D_1, then every residual layer (with its attention) and every downsampler; up layer U_i
+reads the skip of D_i. A partial call is the model's own forward on a shallower U-Net that shares the layers: D_1 .. D_m, the kept tensor in
+place of the middle, U_m .. U_1.
 """
 
 from __future__ import annotations
