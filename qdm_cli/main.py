@@ -82,6 +82,11 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, str]]] = {
         "What two artifacts, runs or metrics.json differ in, and which is better.",
         ("qdm diff runs/a runs/b", 'qdm diff base/metrics.json new/metrics.json --fail-if "psnr_change<-0.5"'),
     ),
+    "bench": (
+        "qdm_cli.commands.bench:bench",
+        "Time layers, whole denoisers or an exported model, behind a correctness gate.",
+        ("qdm bench sd15", "qdm bench runs/quickstart/latest-export --rounds 20"),
+    ),
     "env": ("qdm_cli.commands.env:env", "Versions, devices, usable kernels.", ("qdm env", "qdm env --format json")),
 }
 STAGE_COMMANDS = ("run", "calibrate", "finetune", "export", "evaluate")

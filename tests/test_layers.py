@@ -22,7 +22,7 @@ PUBLIC = {"load", "register", "cached", "__version__"}  # names of qdm_cli/__ini
 FREE = {"spec", "errors", "context", "checkpoint", "artifact"}  # usable by all of engine
 BELOW_METHODS = SIBLINGS | {"free", "zoo", "qdm_kernels"}
 BELOW_RUN = BELOW_METHODS | {"recipe", "methods", "stages"}
-ENGINE = BELOW_RUN | {"run", "plan", "engine"}
+ENGINE = BELOW_RUN | {"run", "plan", "bench", "engine"}
 
 # layer -> the layers it may import; its own layer is always allowed.
 ALLOWED: dict[str, set[str]] = {
@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "stages": BELOW_RUN,
     "run": BELOW_RUN,
     "plan": BELOW_RUN | {"run"},
+    "bench": BELOW_RUN | {"run", "plan"},
     "engine": ENGINE,
     "report": ENGINE,
     "commands": ENGINE | {"report"},

@@ -96,6 +96,10 @@ class PackedLayer(nn.Module):
                 say_once(self._choices[bucket])
         return self._choices[bucket]
 
+    def choices(self) -> list[Choice]:
+        """What was chosen so far, one per size seen."""
+        return list(self._choices.values())
+
     def set_mode_(self, mode: Mode) -> None:
         """`exact`: quantized arithmetic always; `auto`: where it is not slower than the dequantized weight."""
         if mode != self.mode:

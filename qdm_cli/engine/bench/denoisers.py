@@ -1,0 +1,125 @@
+"""Whole denoisers built from their published configurations with seeded random weights: speed and structure, no images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from qdm_cli.engine.bench.layers import Settings, clock_key
+from qdm_cli.engine.bench.timing import time_calls
+from qdm_cli.engine.errors import InputError
+from qdm_cli.engine.models.published import CONFIGS, build_published
+from qdm_cli.engine.plan.inputs import CallShape, example_inputs
+from qdm_cli.engine.quant.calibration import RangeRule, code_layer
+from qdm_cli.engine.quant.config import ActivationPolicy, QuantizeSpec, WeightPolicy
+from qdm_cli.engine.quant.grid import IntGrid, QParams, choose_qparams
+from qdm_cli.engine.quant.rules import resolve
+from qdm_cli.engine.quant.state import QuantState
+from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_
+
+MEMORY_FACTOR = 2.7  # float model, its packed copy, and layers of it that run in floating point
+
+
+def quantized_state(denoiser: nn.Module, call: dict[str, Any], bits: int) -> QuantState:
+    """Min-max codes of the default policy at `bits` weight bits, and activation ranges of one forward."""
+    policy = QuantizeSpec(weights=WeightPolicy(bits=bits, symmetric=True), activations=ActivationPolicy(bits=8), policy="edges-w8")
+    decisions = [d for d in resolve(denoiser, policy) if d.skipped_why is None]
+    ranges: dict[str, QParams] = {}
+
+    def keeper(name: str) -> Callable[[nn.Module, Any], None]:
+        def keep(module: nn.Module, args: Any) -> None:
+            one = choose_qparams(args[0].float(), IntGrid(8))
+            ranges[name] = QParams(one.scale.reshape(1).cpu(), one.zero_point.reshape(1).cpu())
+
+        return keep
+
+    static = [d.name for d in decisions if d.bits_a is not None]
+    handles = [denoiser.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in static]
+    denoiser(**call)
+    for handle in handles:
+        handle.remove()
+    return QuantState({d.name: code_layer(denoiser.get_submodule(d.name), d, RangeRule("max"), ranges.get(d.name)) for d in decisions})
+
+
+def seeded_inputs(denoiser: nn.Module, batch: int, side: int) -> dict[str, Any]:
+    """Keyword arguments of one call, the same on every machine."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return example_inputs(denoiser, CallShape(batch, batch, (side, side)), "cpu")
+
+
+def memory_problem(name: str, device: str) -> str | None:
+    """Why the denoiser does not fit here; None = it does."""
+    entry = CONFIGS[name]
+    element = 2 if device.startswith("cuda") else 4
+    need = entry.parameters * element * MEMORY_FACTOR
+    free = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    return None if need <= free else f"needs about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+
+
+@torch.no_grad()
+def measure_denoiser(name: str, bits: int, settings: Settings, *, batch: int = 2) -> dict[str, Any]:
+    """The JSON object of one denoiser; one that does not fit in memory is reported as skipped.
+
+    The relative error is of this forward, random weights and ranges of this very input: a check of arithmetic, not of quality.
+
+    Raises:
+        InputError: no such configuration.
+    """
+    if name not in CONFIGS:
+        raise InputError(f"{name}: no published configuration; one of {', '.join(CONFIGS)}")
+    row: dict[str, Any] = {
+        "kind": "denoiser",
+        "model": name,
+        "batch": batch,
+        "format": f"w{bits}a8",
+        "parameters": CONFIGS[name].parameters,
+    }
+    if problem := memory_problem(name, settings.device):
+        return row | {"gate": "skipped", "why": problem}
+    denoiser = build_published(name).eval().requires_grad_(False)
+    call = seeded_inputs(denoiser, batch, CONFIGS[name].side)
+    packed = copy.deepcopy(denoiser)
+    pack_denoiser_(packed, quantized_state(denoiser, call, bits), mode="auto")
+    models = {"float": denoiser.to(settings.device, memory_format=torch.channels_last), "auto": packed.to(settings.device)}
+    calls, error = _calls(models, call, settings)
+    row |= {"gate": "passed" if error < 0.5 else "failed", "relative_error": error, "layers": count_layers(packed)}
+    if row["gate"] == "failed":
+        return row
+    times = time_calls(calls, buffers=1, device=settings.device, rounds=settings.rounds, warm_up=1)
+    base = times["float"][clock_key(settings.device)]
+    return row | {"times": times, "ratios": {key: base / one[clock_key(settings.device)] for key, one in times.items() if key != "float"}}
+
+
+def _calls(models: dict[str, nn.Module], call: dict[str, Any], settings: Settings) -> tuple[dict[str, Callable[[int], Any]], float]:
+    """Timed calls, the float baseline also in bf16 where that is native, and the relative error of the packed one."""
+    call = {key: value.to(settings.device) if isinstance(value, torch.Tensor) else value for key, value in call.items()}
+    want, got = (models[name](**call, return_dict=False)[0].float() for name in ("float", "auto"))
+    calls: dict[str, Callable[[int], Any]] = {name: (lambda i, m=model: m(**call)) for name, model in models.items()}
+    if settings.compiled:
+        calls |= {f"{name}_compiled": (lambda i, m=torch.compile(model): m(**call)) for name, model in models.items()}
+    if settings.float_dtype == torch.bfloat16:
+        half = copy.deepcopy(models["float"]).bfloat16()
+        short = {key: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value for key, value in call.items()}
+        calls["bf16"] = lambda i: half(**short)
+        calls["auto_bf16"] = lambda i: models["auto"](**short)
+    return calls, float((got - want).norm() / want.norm())
+
+
+def count_layers(denoiser: nn.Module) -> dict[str, Any]:
+    """How many packed layers run integers, and the reasons of the others with their numbers; after the first forward."""
+    chosen = [choice for layer in denoiser.modules() if isinstance(layer, PackedLayer) for choice in layer.choices()]
+    reasons: dict[str, int] = {}
+    for choice in chosen:
+        if choice.why_not:
+            reasons[choice.why_not] = reasons.get(choice.why_not, 0) + 1
+    return {
+        "integer": sum(choice.kernel == "integer" for choice in chosen),
+        "float": len(chosen) - sum(c.kernel == "integer" for c in chosen),
+        "why_not": reasons,
+    }
