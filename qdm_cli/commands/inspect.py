@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from qdm_cli.engine.artifact import Artifact
 
 _COLUMNS = ("name", "type", "shape", "bits_w", "bits_a", "granularity", "split", "timestep_rows", "bytes", "rule", "skipped_why")
+_HERE = ("kernel", "why_not")  # of this machine
 
 
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact, or a file inside it.")],
     layers: Annotated[bool, typer.Option("--layers", help="One line per layer.")] = False,
 ) -> Result:
-    """Check every file of an artifact and say what it holds: manifest, bytes by part, layers."""
+    """Check every file of an artifact and say what it holds: manifest, bytes by part, layers.
+
+    With --layers, an export's layers also tell which arithmetic this machine runs them in, and why not integers.
+    """
     from qdm_cli.engine.artifact import open_artifact
 
     artifact = open_artifact(folder, full=True)
@@ -30,7 +34,20 @@ def inspect(
     data["folder"] = str(artifact.folder)
     data["bytes"] = sum(entry.bytes for entry in artifact.manifest.files.values())
     data["bits"] = bits_summary(artifact.manifest.layers)
+    if layers and artifact.manifest.kind == "exported":
+        data["layers"] = _with_kernels(data["layers"], artifact.folder)
     return Result(data=data, human=lambda console: _show(console, artifact, data, layers=layers))
+
+
+def _with_kernels(layers: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Rows of an export with `kernel` and `why_not` of this machine."""
+    from qdm_cli.engine.runtime.choice import choices_here
+
+    chosen = choices_here(folder)
+    return [
+        {**row, "kernel": chosen[row["name"]].kernel, "why_not": chosen[row["name"]].why_not} if row.get("name") in chosen else row
+        for row in layers
+    ]
 
 
 def bits_summary(layers: list[dict[str, Any]]) -> dict[str, int]:
@@ -57,9 +74,9 @@ def _show(console: Console, artifact: Artifact, data: dict[str, Any], *, layers:
                 table.add_row(f"  {name}", _number(number))
             console.print(table)
     if layers:
-        table = Table(*_COLUMNS, box=None, pad_edge=False)
-        for layer in manifest.layers:
-            table.add_row(*(_cell(layer.get(column)) for column in _COLUMNS))
+        table = Table(*_COLUMNS, *_HERE, box=None, pad_edge=False)
+        for layer in data["layers"]:
+            table.add_row(*(_cell(layer.get(column)) for column in (*_COLUMNS, *_HERE)))
         console.print(table)
     for warning in manifest.warnings:
         console.print(f"warning: {warning}", markup=False)

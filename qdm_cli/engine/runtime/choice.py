@@ -7,10 +7,12 @@ The table below is read from the top, the first row that fits decides.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -148,3 +150,25 @@ def widest_codes(spec: LayerSpec) -> tuple[Range, Range]:
     top = 2 ** (spec.bits_w - 1)
     codes = (-top, top - 1)
     return codes, codes if spec.symmetric else (1 - 2 * top, 2 * top - 1)
+
+
+def choices_here(folder: Path, device: str | None = None) -> dict[str, Choice]:
+    """What `auto` runs on this machine, by module path, of every packed layer in an exported folder; empty for other folders.
+
+    Layers of 8 bits whose codes happen to stay small may run integers all the same: only loading them tells. Rows are taken as many.
+
+    Args:
+        device: None = cuda where torch sees it, else cpu.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[str, Choice] = {}
+    for path in [*folder.glob("*/config.json"), folder / "config.json"]:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        quantization = config.get("quantization_config") or {}
+        if quantization.get("quant_method") != "qdm":
+            continue
+        for name, fields in quantization["modules"].items():
+            spec = LayerSpec.from_dict(fields)
+            case = Case(spec, 4096, Machine.of(device, "linear_w8a8" if spec.kind == "linear" else "conv2d_w8a8"), *widest_codes(spec))
+            found[name] = choose(case, default_mode())
+    return found

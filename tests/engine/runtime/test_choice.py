@@ -11,6 +11,7 @@ from torch import nn
 
 from qdm_cli.engine.runtime import choice
 from qdm_cli.engine.runtime.choice import Case, Machine, choose, default_mode, widest_codes
+from qdm_cli.engine.runtime.folder import packed_tensors, write_component
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_cli.engine.runtime.modules import packed_from_state
 from qdm_cli.engine.runtime.tune import in_mode
@@ -118,3 +119,18 @@ def test_the_mode_comes_from_the_call_then_the_environment(monkeypatch: pytest.M
     monkeypatch.setenv("QDM_MODE", "fast")
     with pytest.raises(ValueError, match="auto or exact, got 'fast'"):
         default_mode()
+
+
+def test_an_exports_layers_are_listed_with_their_reasons(
+    tmp_path, probe_as, tiny_unet, make_state, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QDM_MODE", "auto")
+    probe_as(Exact.SMALL)
+    state = make_state(tiny_unet)  # 4 bits, 8 at both ends
+    write_component(tmp_path / "unet", tiny_unet, *packed_tensors(tiny_unet, state))
+    found = choice.choices_here(tmp_path, "cpu")
+    assert set(found) == set(state.layers)
+    assert found["conv_out"].kernel == "float"
+    assert "no VNNI" in (found["conv_out"].why_not or "")
+    assert found["mid_block.resnets.0.conv1"].kernel == "integer"
+    assert choice.choices_here(tmp_path / "nothing") == {}
