@@ -22,6 +22,7 @@ from qdm_kernels import backend
 
 Mode = Literal["auto", "exact"]
 Range = tuple[int, int]
+SMALL_PRODUCT = 8_000_000  # multiply-adds; an integer layer costs 0.2 ms of calls, in which one AVX2 core does as many in float32
 MODES: tuple[Mode, ...] = ("auto", "exact")
 
 
@@ -100,6 +101,7 @@ _CPU: tuple[Rule, ...] = (
     (lambda c: c.unsaturated is not None, lambda c: cast(str, c.unsaturated)),
     (lambda c: c.spec.groups > 1, "a grouped convolution gains nothing from integers"),
     (lambda c: c.spec.terms < 64, "fewer than 64 products per output: the quantization costs more than it saves"),
+    (lambda c: c.rows * c.spec.terms * c.spec.outputs < SMALL_PRODUCT, "a product too small to win back the calls around it"),
 )
 _CUDA: tuple[Rule, ...] = (
     (lambda c: (c.machine.capability or (0, 0)) < (8, 0), lambda c: "integer kernels need compute capability 8.0"),
@@ -169,6 +171,7 @@ def choices_here(folder: Path, device: str | None = None) -> dict[str, Choice]:
             continue
         for name, fields in quantization["modules"].items():
             spec = LayerSpec.from_dict(fields)
+            spec = spec if spec.split is None else spec.halves[0]
             case = Case(spec, 4096, Machine.of(device, "linear_w8a8" if spec.kind == "linear" else "conv2d_w8a8"), *widest_codes(spec))
             found[name] = choose(case, default_mode())
     return found

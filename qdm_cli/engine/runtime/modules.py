@@ -197,8 +197,10 @@ class PackedLayer(nn.Module):
         table = self._buffers["act_zero_point"]
         if table is None:
             return _per_sample(scale, x.ndim), torch.zeros((), dtype=torch.int32, device=x.device)
-        # between two rows a zero point is interpolated, then rounded
-        zero = torch.round(self.step.pick(table.float())).to(torch.int32)
+        if self.step.mode == "nearest" or len(table) == 1:
+            zero = self.step.pick(table).to(torch.int32)
+        else:  # between two rows a zero point is interpolated, then rounded
+            zero = torch.round(self.step.pick(table.float())).to(torch.int32)
         return _per_sample(scale, x.ndim), _per_sample(zero, x.ndim)
 
     def _float_forward(self, x: Tensor) -> Tensor:
