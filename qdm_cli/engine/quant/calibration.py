@@ -188,7 +188,7 @@ def layer_inputs(
 
     def keep(name: str, x: torch.Tensor) -> None:
         for part, values in zip(parts_of(layers[name]), input_parts(x, layers[name]), strict=True):
-            kept.setdefault(part, []).append(_thin(values, VALUES_PER_STEP // len(calls), rng))
+            kept.setdefault(part, []).append(thin(values, VALUES_PER_STEP // len(calls), rng))
 
     with watched_inputs(denoiser, layers, keep):
         for arguments in calls:
@@ -239,7 +239,8 @@ def cut_call(store: TrajectoryStore, record: CallRecord, count: int) -> dict[str
     return take_samples(arguments, rows, int(sample_tensor(arguments).shape[0]))
 
 
-def _thin(x: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
+def thin(x: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
+    """`count` random values of x and its two extremes, on the CPU in f32; all of them when there are no more."""
     flat = x.detach().float().flatten().cpu()
     if flat.numel() > count:
         flat = torch.cat([flat[torch.randint(flat.numel(), (count,), generator=rng)], flat.amin()[None], flat.amax()[None]])

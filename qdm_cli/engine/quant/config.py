@@ -106,6 +106,17 @@ class AutoBits(Spec):
     """A sensitivity.json or the artifact that holds one; null = the one that this calibrate measures."""
 
 
+class AttentionPolicy(Spec):
+    """Quantization of the two products inside every attention. Simulated: no integer kernel runs them, so they gain no speed."""
+
+    bits: Bits = 8
+    """Bits of queries, keys and values, one scale each per attention."""
+    softmax_bits: Literal[4, 5, 6, 7, 8, 16] | None = 8
+    """Bits of the probabilities, unsigned; null = floats. Stable Diffusion needs 16 (Q-Diffusion)."""
+    init: Literal["max", "mse"] = "mse"
+    """Range rule."""
+
+
 class QuantizeSpec(Spec):
     """The bit policy; read by calibrate, finetune and export."""
 
@@ -113,6 +124,8 @@ class QuantizeSpec(Spec):
     """Default of the weights."""
     activations: ActivationPolicy | None = ActivationPolicy()
     """Default of the activations; null = weights only."""
+    attention: AttentionPolicy | None = None
+    """Products of queries with keys and of probabilities with values; null = in full precision."""
     split_shortcuts: bool = False
     """Quantize the two halves of a U-Net shortcut's concatenated input, deep features and skip features, each with scales of its own
     (Q-Diffusion); no effect on models without such shortcuts and on group scales."""

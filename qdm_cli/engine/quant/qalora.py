@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.diffusion.step_context import StepContext
+from qdm_cli.engine.quant.attention import attach_attention_
 from qdm_cli.engine.quant.grid import CentredQuantize, IntGrid, broadcast
 from qdm_cli.engine.quant.modules import QuantizedLayer, StepScales, build_layer, weight_granularity
 from qdm_cli.engine.quant.state import LayerState, QuantState
@@ -134,6 +135,7 @@ def build_student(
         replace_(student, name, quantized)
     floats = _own_norms_(student) if train_norm or state.floats else []
     load_floats_(student, state.floats)
+    attach_attention_(student, state, step)
     step.attach(student)
     return Student(student, step, state, tuple(floats) if train_norm else ())
 
@@ -160,7 +162,8 @@ def with_rows(state: QuantState, keys: list[float]) -> QuantState:
         if layer.act_scale is not None and layer.act_zero_point is not None and len(layer.act_scale) > 1:
             layer = replace(layer, act_scale=layer.act_scale[nearest], act_zero_point=layer.act_zero_point[nearest])
         layers[name] = layer
-    return replace(state, layers=layers, step_keys=new_keys)
+    attention = {name: own if len(own.scales) == 1 else own.at_rows(nearest) for name, own in state.attention.items()}
+    return replace(state, layers=layers, step_keys=new_keys, attention=attention)
 
 
 def scale_tables(student: Student) -> list[StepScales]:

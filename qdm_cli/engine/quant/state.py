@@ -5,7 +5,7 @@ Every stage after calibration hands this on; export packs it and never quantizes
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,44 @@ class LayerDecision:
 
 
 @dataclass(frozen=True)
+class AttentionDecision:
+    """What the bit policy says about the products of one attention module.
+
+    Attributes:
+        name: module path inside the denoiser.
+        bits: of Q, K and V.
+        softmax_bits: of the probabilities; None = floats.
+        timestep_aware: one row of the tables per denoising step.
+    """
+
+    name: str
+    bits: int
+    softmax_bits: int | None
+    timestep_aware: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Tables of the products of one attention module.
+
+    Attributes:
+        scales: f32 [R, 3] of Q, K, V; R = 1 unless timestep-aware.
+        zero_points: int8 [R, 3].
+        softmax_scale: f32 [R] of the unsigned probabilities; None = they stay floats.
+    """
+
+    decision: AttentionDecision
+    scales: torch.Tensor
+    zero_points: torch.Tensor
+    softmax_scale: torch.Tensor | None = None
+
+    def at_rows(self, rows: torch.Tensor) -> AttentionState:
+        """The same tables with other rows."""
+        softmax = None if self.softmax_scale is None else self.softmax_scale[rows]
+        return replace(self, scales=self.scales[rows], zero_points=self.zero_points[rows], softmax_scale=softmax)
+
+
+@dataclass(frozen=True)
 class LayerState:
     """Integers and scales of one quantized layer. All codes and zero points are SIGNED: in [-2^(b-1), 2^(b-1)-1].
 
@@ -101,6 +139,7 @@ class QuantState:
         row_mode: how a timestep without a row is read.
         floats: parameters outside quantized layers that training changed, by full parameter name.
         scales: a personalisation, which then replaces the layers' weight scales; None = none.
+        attention: attention modules whose products are quantized too; empty = none.
     """
 
     layers: dict[str, LayerState]
@@ -109,8 +148,10 @@ class QuantState:
     row_mode: RowMode = "nearest"
     floats: dict[str, torch.Tensor] = field(default_factory=dict)
     scales: ScaleSet | None = None
+    attention: dict[str, AttentionState] = field(default_factory=dict)
 
 
+_ATTENTION_TENSORS = ("scales", "zero_points", "softmax_scale")
 _TENSORS = ("codes", "weight_scale", "weight_zero_point", "bias", "act_scale", "act_zero_point")
 
 
@@ -119,12 +160,15 @@ def write_state(folder: Path, state: QuantState) -> None:
     tensors = {f"float:{name}": value for name, value in state.floats.items()}
     for name, layer in state.layers.items():
         tensors |= {f"{name}:{key}": value for key in _TENSORS if (value := getattr(layer, key)) is not None}
+    for name, attention in state.attention.items():
+        tensors |= {f"attention:{name}:{key}": value for key in _ATTENTION_TENSORS if (value := getattr(attention, key)) is not None}
     tensors["step_keys"] = state.step_keys.double()
     meta = {
         "schema": STATE_SCHEMA,
         "row_mode": state.row_mode,
         "layers": [asdict(layer.decision) for layer in state.layers.values()],
         "skipped": [asdict(decision) for decision in state.skipped],
+        "attention": [asdict(attention.decision) for attention in state.attention.values()],
     }
     write_tensors(folder / STATE_FILE, tensors, meta)
     if state.scales is not None:
@@ -158,7 +202,13 @@ def read_state(folder: Path) -> QuantState:
         row_mode=meta["row_mode"],
         floats={name[6:]: value for name, value in tensors.items() if name.startswith("float:")},
         scales=read_scales(folder) if (folder / SCALES_FILE).exists() else None,
+        attention={item["name"]: _attention(item, tensors) for item in meta.get("attention", [])},
     )
+
+
+def _attention(item: dict[str, Any], tensors: dict[str, torch.Tensor]) -> AttentionState:
+    parts: dict[str, Any] = {key: tensors.get(f"attention:{item['name']}:{key}") for key in _ATTENTION_TENSORS}
+    return AttentionState(AttentionDecision(**item), **parts)
 
 
 def _decision(item: dict[str, Any]) -> LayerDecision:

@@ -7,6 +7,7 @@ from torch import nn
 
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.errors import InputError
+from qdm_cli.engine.quant.attention import attach_attention_
 from qdm_cli.engine.quant.grid import IntGrid
 from qdm_cli.engine.quant.modules import CodedWeight, StepScales, build_layer
 from qdm_cli.engine.quant.scale_set import check_base
@@ -29,6 +30,7 @@ def apply_state_(denoiser: nn.Module, state: QuantState) -> StepContext:
         original = checked_layer(denoiser, name, layer)
         replace_(denoiser, name, build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step))
     load_floats_(denoiser, state.floats)
+    attach_attention_(denoiser, state, step)
     step.attach(denoiser)
     return step
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from qdm_cli.engine.quant.attention import CHILD
 from qdm_kernels.attention import op
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -53,7 +54,8 @@ def speed_up_attention_(denoiser: nn.Module, *, enabled: bool) -> int:
     count = 0
     for module in denoiser.modules():
         processor = getattr(module, "processor", None)
-        if processor is None or isinstance(processor, nn.Module):
+        # quantized products replace the same call and must see it first
+        if processor is None or isinstance(processor, nn.Module) or hasattr(module, CHILD):
             continue
         original = getattr(type(processor), "original", None)
         if enabled and original is None and op.why_not_cpu() is None:

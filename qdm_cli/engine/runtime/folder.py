@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qdm_cli.engine.errors import InputError
+from qdm_cli.engine.quant.attention import CHILD, products_of
 from qdm_cli.engine.quant.report import dequantized_weight
 from qdm_cli.engine.quant.state import QuantState
 from qdm_cli.engine.quant.state_apply import checked_layer
@@ -53,6 +55,11 @@ def packed_tensors(denoiser: nn.Module, state: QuantState) -> tuple[Tensors, dic
         "row_mode": state.row_mode,
         "modules": modules,
     }
+    if state.attention:
+        config["attention"] = {}
+    for name, attention in state.attention.items():
+        config["attention"][name] = {key: value for key, value in asdict(attention.decision).items() if key != "name"}
+        tensors |= {f"{name}.{CHILD}.{leaf}": value for leaf, value in products_of(attention).state_dict().items()}
     return tensors, config
 
 

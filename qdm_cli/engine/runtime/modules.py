@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdm_cli.engine.diffusion.step_context import StepContext
+from qdm_cli.engine.quant.attention import attach_attention_
 from qdm_cli.engine.quant.grid import IntGrid, PerChannel, PerGroup, broadcast, centred_codes
 from qdm_cli.engine.quant.modules import conv2d_channels_last, dynamic_qparams
 from qdm_cli.engine.quant.state import LayerState, QuantState
@@ -408,6 +409,7 @@ def pack_denoiser_(denoiser: nn.Module, state: QuantState, mode: Mode = "exact")
         packed.step = step
         replace_(denoiser, name, packed)
     load_floats_(denoiser, state.floats)
+    attach_attention_(denoiser, state, step)
     step.attach(denoiser)
     from qdm_cli.engine.runtime.tune import tune_  # which knows packed layers itself
 

@@ -15,6 +15,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from qdm_cli.engine.diffusion.step_context import StepContext
+from qdm_cli.engine.quant.attention import CHILD, AttentionProducts, attach_products_
+from qdm_cli.engine.quant.state import AttentionDecision
 from qdm_cli.engine.quant.state_apply import replace_
 from qdm_cli.engine.runtime.choice import default_mode
 from qdm_cli.engine.runtime.layer import LayerSpec
@@ -38,6 +40,7 @@ class QdmConfig(QuantizationConfigMixin):
         step_keys: timesteps of the rows of all per-step tables; None = one row.
         row_mode: how a timestep without a row is read, nearest or linear.
         modules: module path -> fields of `LayerSpec`.
+        attention: module path -> fields of `AttentionDecision`, name aside, of attentions whose products are quantized (simulated).
         ignored: keys of later versions.
     """
 
@@ -47,6 +50,7 @@ class QdmConfig(QuantizationConfigMixin):
         step_keys: list[float] | None = None,
         row_mode: str = "nearest",
         modules: dict[str, dict[str, Any]] | None = None,
+        attention: dict[str, dict[str, Any]] | None = None,
         **ignored: Any,
     ):
         if schema > CONFIG_SCHEMA:
@@ -56,6 +60,7 @@ class QdmConfig(QuantizationConfigMixin):
         self.step_keys = [float(key) for key in step_keys or [0.0]]
         self.row_mode = row_mode
         self.modules = modules or {}
+        self.attention = attention or {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -79,11 +84,15 @@ class QdmQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, fields in self.quantization_config.modules.items():
             replace_(model, name, packed_from_spec(LayerSpec.from_dict(fields), device="meta"))
+        for name, fields in self.quantization_config.attention.items():
+            rows = len(self.quantization_config.step_keys) if fields["timestep_aware"] else 1
+            attach_products_(model.get_submodule(name), AttentionProducts(AttentionDecision(name, **fields), rows, device="meta"))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         step = StepContext(torch.tensor(self.quantization_config.step_keys, dtype=torch.float64), self.quantization_config.row_mode)
-        for name in self.quantization_config.modules:
+        attentions = [f"{name}.{CHILD}" for name in self.quantization_config.attention]
+        for name in [*self.quantization_config.modules, *attentions]:
             layer = model.get_submodule(name)
             if missing := [key for key, value in layer.named_buffers() if value.device.type == "meta"]:
                 raise ValueError(f"the weights of this folder hold no {name}.{missing[0]}, which its config.json promises")
@@ -95,8 +104,8 @@ class QdmQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        """True for every tensor of a packed layer: diffusers would cast scales to the requested float type, where small ones vanish."""
-        return isinstance(_owner(model, param_name), PackedLayer)
+        """True for every tensor of ours: diffusers would cast scales to the requested float type, where small ones vanish."""
+        return isinstance(_owner(model, param_name), PackedLayer | AttentionProducts)
 
     def check_quantized_param_shape(self, param_name: str, current: torch.Tensor, loaded: torch.Tensor) -> bool:
         raise ValueError(f"{param_name} has shape {tuple(loaded.shape)}, config.json says {tuple(current.shape)}")

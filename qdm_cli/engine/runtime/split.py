@@ -77,8 +77,13 @@ def half_state(state: LayerState, index: int, codes: Tensor) -> LayerState:
         state,
         decision=replace(state.decision, shape=tuple(codes.shape), split=None),
         codes=codes,
-        weight_scale=state.weight_scale[:, index],
-        weight_zero_point=state.weight_zero_point[:, index],
-        act_scale=None if state.act_scale is None else state.act_scale[:, index],
-        act_zero_point=None if state.act_zero_point is None else state.act_zero_point[:, index],
+        weight_scale=_column(state.weight_scale, index),
+        weight_zero_point=_column(state.weight_zero_point, index),
+        act_scale=None if state.act_scale is None else _column(state.act_scale, index),
+        act_zero_point=None if state.act_zero_point is None else _column(state.act_zero_point, index),
     )
+
+
+def _column(table: Tensor, index: int) -> Tensor:
+    """A column with stride 1: `contiguous` would leave a column of one row as it is."""
+    return table[:, index].clone(memory_format=torch.contiguous_format)

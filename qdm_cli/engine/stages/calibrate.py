@@ -16,6 +16,7 @@ from qdm_cli.engine.evaluation.sensitivity import measure
 from qdm_cli.engine.evaluation.sensitivity_page import render_page
 from qdm_cli.engine.methods import function_of
 from qdm_cli.engine.models import LoadedPipeline, load_pipeline
+from qdm_cli.engine.quant.attention_ranges import with_attention
 from qdm_cli.engine.quant.report import layer_rows, weight_metrics
 from qdm_cli.engine.quant.rules import resolve
 from qdm_cli.engine.quant.sensitivity import NO_TABLE, SENSITIVITY_FILE, SENSITIVITY_PAGE, read_sensitivity
@@ -49,6 +50,7 @@ def calibrate(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResul
     decisions, chosen = choose_bits(loaded, decisions, spec, ctx, store)
     measured = time.monotonic()
     state = function_of(spec)(loaded.denoiser, spec, ctx, decisions=decisions, store=store)
+    state = with_attention(state, loaded.denoiser, recipe.quantize, store, spec.samples_per_step)
     write_state(ctx.payload, state)
     folder.rename(ctx.payload / "trajectories")
     return StageResult(

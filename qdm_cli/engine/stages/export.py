@@ -18,6 +18,7 @@ from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models import LoadedPipeline, load_pipeline
 from qdm_cli.engine.models.load import quiet
 from qdm_cli.engine.models.source import resolve_source
+from qdm_cli.engine.quant.attention import CHILD
 from qdm_cli.engine.quant.report import layer_rows
 from qdm_cli.engine.quant.state import LayerDecision, QuantState, read_state
 from qdm_cli.engine.quant.state_apply import apply_state_
@@ -58,6 +59,8 @@ def export(spec: ExportSpec, source: Artifact | None, ctx: RunContext) -> StageR
     target = "qdm" if spec.target == "auto" else spec.target
     if spec.target == "auto":
         ctx.events.log("export: target qdm (the only one that keeps integer codes and step tables)")
+    if state.attention:
+        ctx.warn(_attention_warning(len(state.attention), target))
     decisions = [layer.decision for layer in state.layers.values()] + list(state.skipped)
     reference = _fp16_bytes(loaded, len(state.step_keys))
     calls = probe_calls(loaded, ctx) if spec.verify else []
@@ -88,6 +91,12 @@ def export(spec: ExportSpec, source: Artifact | None, ctx: RunContext) -> StageR
         simulated=target != "qdm" or not any(d.bits_a and d.granularity != "group" for d in decisions if not d.skipped_why),
         verified="load" if spec.verify else "none",
     )
+
+
+def _attention_warning(count: int, target: str) -> str:
+    if target == "qdm":
+        return f"the products of {count} attentions are quantized in simulation: no integer kernel runs them, they gain no speed"
+    return f"target dequantized leaves the products of {count} attentions in full precision: they are not quantized in this folder"
 
 
 def _load(ctx: RunContext) -> LoadedPipeline:
@@ -131,7 +140,7 @@ def _write_denoiser(target: str, loaded: LoadedPipeline, state: QuantState, fold
     dtype = next(loaded.denoiser.parameters()).dtype
     if target == "qdm":
         tensors, config = writer.packed_tensors(loaded.denoiser, state)
-        packed = tuple(f"{name}." for name in state.layers)
+        packed = (*(f"{name}." for name in state.layers), *(f"{name}.{CHILD}." for name in state.attention))
         expected = {k: v.to(dtype) if v.is_floating_point() and not k.startswith(packed) else v for k, v in tensors.items()}
         stored = {name: writer.compact(name, value) for name, value in tensors.items()}
     else:

@@ -1,0 +1,201 @@
+"""The two products of an attention on quantized operands: Q K and P V (Q-Diffusion, section 3.2; quantization spec 3.1, point 5).
+
+    S = softmax(Q_hat K_hat^T * scale + mask),    output = S_hat V_hat
+
+Q, K and V have one scale and zero point per tensor; probabilities are unsigned with zero point 0 and a width of their own. Simulated:
+rounded floats are multiplied, no integer kernel runs. It replaces `scaled_dot_product_attention` inside the attention module, so that
+every processor of diffusers that calls it keeps its own arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from qdm_cli.engine.diffusion.step_context import StepContext
+from qdm_cli.engine.quant.grid import CentredQuantize, IntGrid
+from qdm_cli.engine.quant.state import AttentionDecision, AttentionState, QuantState
+
+CHILD = "products"
+"""Name under which the tables hang in an attention module."""
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Scores"], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How products become probabilities: softmax(q k^T * scale + bias) over keys. `bias`: broadcastable to [B, H, N, M] or None."""
+
+    scale: float
+    bias: torch.Tensor | None
+
+    def probabilities(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """[B, H, N, M] from q [B, H, N, d] and k [B, H, M, d], in f32."""
+        scores = (q.float() @ k.float().transpose(-1, -2)) * self.scale
+        return (scores if self.bias is None else scores + self.bias).softmax(-1)
+
+
+def attention_modules(denoiser: nn.Module) -> list[str]:
+    """Modules that multiply queries with keys: those with a diffusers processor and linear layers. Works on the meta device."""
+    return [
+        name
+        for name, module in denoiser.named_modules()
+        if hasattr(module, "processor") and any(isinstance(part, nn.Linear | nn.Conv2d) for part in module.children())
+    ]
+
+
+def quantize_probabilities(p: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned codes 0..2^bits-1 times `scale`, straight through; up to 16 bits."""
+    limited = torch.clamp(p * scale.reciprocal(), 0, 2**bits - 1)
+    return (limited + (torch.round(limited) - limited).detach()) * scale
+
+
+class AttentionProducts(nn.Module):
+    """Tables of one attention module.
+
+    Buffers: scales [R, 3] f32 and zero_points [R, 3] int8 of Q, K, V; softmax_scale [R] f32, or None with float probabilities.
+    """
+
+    scales: torch.Tensor
+    zero_points: torch.Tensor
+
+    def __init__(self, decision: AttentionDecision, rows: int, *, device: str | torch.device = "cpu"):
+        super().__init__()
+        self.decision = decision
+        self.step = StepContext()
+        self.calls = 0
+        self.register_buffer("scales", torch.ones(rows, 3, device=device))
+        self.register_buffer("zero_points", torch.zeros(rows, 3, dtype=torch.int8, device=device))
+        self.register_buffer("softmax_scale", None if decision.softmax_bits is None else torch.ones(rows, device=device))
+
+    def load_buffer_(self, name: str, value: torch.Tensor) -> None:
+        """Take a stored table.
+
+        Raises:
+            ValueError: another shape, or no such table.
+        """
+        own = self._buffers.get(name)
+        if own is None or own.shape != value.shape or own.is_floating_point() != value.is_floating_point():
+            raise ValueError(
+                f"{name}: stored as {value.dtype} {tuple(value.shape)}, the attention has {None if own is None else own.shape}"
+            )
+        self._buffers[name] = value.detach().to(own.dtype)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """Attention of q [B, H, N, d], k [B, H, M, d] and v [B, H, M, e] on quantized operands, in q's dtype."""
+        self.calls += 1
+        q_hat, k_hat, v_hat = (self._rounded(x.float(), operand) for operand, x in enumerate((q, k, v)))
+        p = scores.probabilities(q_hat, k_hat)
+        if self.decision.softmax_bits is not None:
+            p = quantize_probabilities(p, self._now(cast(torch.Tensor, self.softmax_scale)), self.decision.softmax_bits)
+        return (p @ v_hat).to(q.dtype)
+
+    def _rounded(self, x: torch.Tensor, operand: int) -> torch.Tensor:
+        grid = IntGrid(self.decision.bits)
+        scale, zero = self._now(self.scales[:, operand]), torch.round(self._now(self.zero_points[:, operand].float()))
+        return cast(torch.Tensor, CentredQuantize.apply(x, scale, zero, grid.lo, grid.hi) * scale)
+
+    def _now(self, table: torch.Tensor) -> torch.Tensor:
+        """Value of a table at this step: 0-dim, or [B, 1, 1, 1] after a per-sample timestep."""
+        value = self.step.pick(table)
+        return value if value.ndim == 0 else value.reshape(-1, 1, 1, 1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AttentionProducts:
+        """Moves between devices move the tables; casts leave them in f32."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_floating_point() or tensor.device.type == "meta":
+                return fn(tensor)  # type: ignore[no-any-return]
+            return tensor.to(fn(tensor[:0]).device)
+
+        return super()._apply(move, recurse)
+
+
+class _Replaced(TorchFunctionMode):
+    """Sends every `scaled_dot_product_attention` to `attend`."""
+
+    def __init__(self, attend: Attention):
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        q, k, v = (named[name] for name in _ARGUMENTS[:3])
+        if named.get("enable_gqa"):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scale = named.get("scale")
+        return self.attend(q, k, v, Scores(1 / math.sqrt(q.shape[-1]) if scale is None else scale, _bias(named, q, k)))
+
+
+def _bias(named: dict[str, Any], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """The mask as something to add to the scores."""
+    mask = named.get("attn_mask")
+    if named.get("is_causal"):
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+
+
+@contextmanager
+def replaced_attention(module: nn.Module, attend: Attention) -> Iterator[None]:
+    """Inside the block, `module` computes its attention with `attend`."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _Replaced(attend):
+            return type(module).forward(module, *args, **kwargs)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def attach_products_(module: nn.Module, products: AttentionProducts) -> None:
+    """Give an attention module its tables; from now on its products are quantized."""
+    module.add_module(CHILD, products)
+    # a bound method, so that a deep copy of the module is bound to itself and uses its own tables
+    module.forward = MethodType(_quantized_forward, module)
+
+
+def _quantized_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    products = cast(AttentionProducts, module.get_submodule(CHILD))
+    before = products.calls
+    with _Replaced(products.attend):
+        output = type(module).forward(module, *args, **kwargs)
+    if products.calls == before:
+        processor = type(getattr(module, "processor", None)).__name__
+        raise RuntimeError(f"{products.decision.name}: {processor} does not call scaled_dot_product_attention, so it cannot be quantized")
+    return output
+
+
+def attach_attention_(denoiser: nn.Module, state: QuantState, step: StepContext) -> None:
+    """Quantize the attention products that `state` names; nothing where it names none."""
+    for name, own in state.attention.items():
+        products = products_of(own).to(next(denoiser.parameters()).device)
+        products.step = step
+        attach_products_(denoiser.get_submodule(name), products)
+
+
+def products_of(state: AttentionState) -> AttentionProducts:
+    """Tables of one attention as a module."""
+    products = AttentionProducts(state.decision, len(state.scales))
+    for name in products._buffers:
+        value = getattr(state, name)
+        if value is not None:
+            products.load_buffer_(name, value)
+    return products
