@@ -19,7 +19,7 @@ from qdm_kernels.geometry import Conv2dGeometry
 
 BACKENDS = ("triton", "cpu", "reference")
 STRATEGIES = ("onednn", "fp32")
-OPS = ("quantize", "linear_w8a8", "linear_w4a8", "conv2d_w8a8", "conv2d_w4a8")
+OPS = ("quantize", "linear_w8a8", "linear_w4a8", "linear_w4a16", "conv2d_w8a8", "conv2d_w4a8")
 LEAST_CAPABILITY = (8, 0)  # int8 tensor cores with 32 inputs at a time; triton compiles no int8 product below
 
 

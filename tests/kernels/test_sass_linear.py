@@ -11,7 +11,8 @@ pytest.importorskip("triton", reason="pip install 'qdm[dev]' brings triton on Li
 
 from sass import CAPABILITIES, Compiled, compile_for
 
-from qdm_kernels.gemm.tiles import GROUP_M, SHARED_BYTES, TILES, Tile
+from qdm_kernels.gemm.tiles import GROUP_M, SHARED_BYTES, TILES, WEIGHT_ONLY_TILES, Tile
+from qdm_kernels.linear_w4a16 import triton as weight_only
 from qdm_kernels.linear_w8a8 import triton as linear
 from qdm_kernels.quantize import triton as quantize
 
@@ -98,3 +99,22 @@ def test_quantizers_read_and_write_wide(capability: int, dtype: str) -> None:
     code = compile_for(quantize.per_token_kernel, capability, types, constants, warps=8)
     code.check(dot=None, copies=False, registers=128)
     assert code.count(r"LDG\.E\.128")
+
+
+def weight_only_matrix() -> list[tuple[Tile, str, int, int]]:
+    """Tile, type, blocks per group and capability: three in ten, with KERNEL_MATRIX=full all."""
+    kinds = [(kind, group) for kind in ("bf16", "fp16") for group in (0, 1)]
+    whole = [(tile, kind, group, cap) for cap in CAPABILITIES for tile in WEIGHT_ONLY_TILES for kind, group in kinds]
+    return whole if FULL else whole[::11]
+
+
+@pytest.mark.parametrize(("tile", "kind", "group", "capability"), weight_only_matrix(), ids=lambda v: str(v))
+def test_weight_only_tiles(tile: Tile, kind: str, group: int, capability: int) -> None:
+    sizes = dict.fromkeys(("M", "N", "K", "BLOCKS", "GROUPS"), "i32")
+    types = {"x_ptr": f"*{kind}", "w_ptr": "*i16", "scale_ptr": "*fp32", "zero_ptr": "*i8", "bias_ptr": "*fp32", "out_ptr": f"*{kind}"}
+    constants = {"WIDE": False, "HAS_BIAS": True, "HAS_RESIDUAL": False, "ACTIVATION": "silu", "EVEN_K": True, "GROUP_M": GROUP_M}
+    constants |= {"KIND": kind, "BLOCKS_PER_GROUP": group, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
+    options = {"warps": tile.warps, "stages": tile.stages, "max_registers": tile.registers, "odd": ("M", "BLOCKS", "GROUPS")}
+    code = compile_for(weight_only.linear_kernel, capability, types | sizes, constants, **options)
+    code.check(dot="float", registers=255)
+    assert code.count("I2F") <= 16, "zero points are converted, nibbles become floats by their bits"

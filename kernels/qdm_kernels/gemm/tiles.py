@@ -150,3 +150,21 @@ def aligned(x: Tensor) -> Tensor:
     """x contiguous and on a 16-byte boundary, copied only if it is not: an odd address would compile a slow variant."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+WEIGHT_ONLY_TILES = (
+    Tile(128, 128, 64, 8, 3),
+    Tile(64, 128, 128, 8, 3),
+    Tile(64, 128, 64, 8, 4),
+    Tile(32, 64, 128, 4, 3),
+    Tile(32, 64, 64, 4, 4),
+    Tile(16, 64, 128, 4, 4),
+    Tile(16, 64, 64, 4, 5),
+)
+
+
+def weight_only_tile(m: int, n: int, k: int, group: int, device: torch.device) -> Tile:
+    """Tile of the weight-only product, weights on the side of the rows: the least bm that holds x, up to 128. group: 0 = none."""
+    rows = next((bm for bm in (16, 32, 64) if m <= bm), 128)
+    tiles = [tile for tile in WEIGHT_ONLY_TILES if k % tile.bk == 0 and (group == 0 or group % tile.bk == 0)]
+    return next(tile for tile in tiles if tile.bm <= rows)

@@ -1,0 +1,126 @@
+"""Linear layer on float activations and int4 weights: y = sum_k x (q - z_w) s_w + bias (README: Weight-only layers).
+
+For layers that read more weights than they compute: few rows (time embedding, adaLN), or where memory is what counts.
+Operator qdm::linear_w4a16, what `linear` is under torch.compile and torch.export.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdm_kernels import backend as _backend
+from qdm_kernels.epilogue.reference import Epilogue
+from qdm_kernels.layout import check_codes
+from qdm_kernels.prepared import Prepared, flatten, integer_op, unflatten
+
+
+@dataclass(frozen=True)
+class PreparedWeight(Prepared):
+    """A weight packed for one backend."""
+
+    backend: str
+    in_features: int
+    out_features: int
+    bias: Tensor | None  # float32 [N]
+    state: Any
+    tensors: list[Tensor] = field(init=False, repr=False)  # the state as a registered operator takes it
+    how: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tensors, how = flatten(self.state)
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "how", f"{self.backend} {how}")
+
+
+@cache
+def implementation(backend: str) -> ModuleType:
+    """Module of a backend; triton's is imported when it is first asked for."""
+    return import_module(f"qdm_kernels.linear_w4a16.{backend}")
+
+
+@integer_op
+def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, *, backend: str | None = None) -> PreparedWeight:
+    """Pack a weight once: codes int8 [N, K] within [-8, 7], scale float32 [N] or [N, G], zero_point int like scale, bias float32 [N].
+
+    G: groups of K / G inputs, 64 or 128 each. backend: None = `qdm_kernels.backend.choose`. ValueError on wrong shapes or dtypes, other
+    groups, no inputs, or a backend that cannot run.
+    """
+    _check_weight(codes, scale, zero_point, bias)
+    name = _backend.choose("linear_w4a16", device=codes.device, backend=backend)
+    kept = None if bias is None else bias.detach().float()
+    state = implementation(name).prepare(codes, scale.detach().float(), zero_point)
+    return PreparedWeight(name, codes.shape[1], codes.shape[0], kept, state)
+
+
+@integer_op
+def linear(x: Tensor, prepared: PreparedWeight, *, out_dtype: torch.dtype | None = None, **epilogue: Any) -> Tensor:
+    """Apply a prepared layer: x float [..., K] -> [..., N], summed in float32.
+
+    out_dtype: None = that of x. epilogue: activation and residual, fields of `epilogue.reference.Epilogue`. ValueError on another dtype or
+    shape, or on an int8 output.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"x is floating point, got {x.dtype}")
+    end = Epilogue(out_dtype=out_dtype or (torch.float32 if x.dtype == torch.float64 else x.dtype), **epilogue)
+    _check_call(x, prepared, end)
+    p = prepared
+    if not torch.compiler.is_compiling():
+        return _run(x, p.bias, implementation(p.backend), p.state, end)
+    return torch.ops.qdm.linear_w4a16(x, p.out_features, p.bias, p.tensors, p.how, end.activation, end.residual, end.out_dtype)
+
+
+@torch.library.custom_op("qdm::linear_w4a16", mutates_args=())
+def _operator(
+    x: Tensor, outputs: int, bias: Tensor | None, state: list[Tensor], how: str, activation: str, residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """x float [..., K] -> [..., outputs]. state, how: `PreparedWeight.tensors` and `.how`; the rest as in `linear`."""
+    backend, _, text = how.partition(" ")
+    home = implementation(backend)
+    return _run(x, bias, home, unflatten(state, text, home), Epilogue(activation, residual, out_dtype))
+
+
+@_operator.register_fake
+def _(
+    x: Tensor, outputs: int, bias: Tensor | None, state: list[Tensor], how: str, activation: str, residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], outputs), dtype=out_dtype)
+
+
+def _run(x: Tensor, bias: Tensor | None, home: ModuleType, state: Any, end: Epilogue) -> Tensor:
+    lead = x.shape[:-1]
+    rows = x.reshape(lead.numel(), x.shape[-1]).contiguous()
+    if end.residual is not None:
+        end = replace(end, residual=end.residual.reshape(len(rows), state.outputs))
+    return home.linear(rows, bias, state, end).reshape(*lead, state.outputs)
+
+
+def _check_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None) -> None:
+    if codes.dim() != 2 or 0 in codes.shape:
+        raise ValueError(f"weight codes are int8 [N, K], at least one of each, got {tuple(codes.shape)}")
+    check_codes(codes, 4)
+    n, k = codes.shape
+    groups = 1 if scale.dim() == 1 else scale.shape[-1]
+    if tuple(scale.shape) not in ((n,), (n, groups)) or (scale.dim() == 2 and k not in (64 * groups, 128 * groups)):
+        raise ValueError(f"weight scale is [{n}], or [{n}, G] with groups of 64 or 128 inputs, got {tuple(scale.shape)} for {k} inputs")
+    if zero_point.is_floating_point() or zero_point.shape != scale.shape:
+        raise ValueError(f"weight zero_point is an integer tensor {tuple(scale.shape)}, got {zero_point.dtype} {tuple(zero_point.shape)}")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"weight bias has one entry per output, [{n}], got {tuple(bias.shape)}")
+
+
+def _check_call(x: Tensor, prepared: PreparedWeight, end: Epilogue) -> None:
+    end.check()
+    if end.out_dtype == torch.int8:
+        raise ValueError("a weight-only layer has a float output, got torch.int8")
+    if x.dim() == 0 or x.shape[-1] != prepared.in_features:
+        raise ValueError(f"x is [..., {prepared.in_features}], got {tuple(x.shape)}")
+    shape = (*x.shape[:-1], prepared.out_features)
+    if end.residual is not None and end.residual.shape != shape:
+        raise ValueError(f"residual has the output's shape, {shape}, got {tuple(end.residual.shape)}")

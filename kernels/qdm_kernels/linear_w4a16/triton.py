@@ -1,0 +1,147 @@
+"""Weight-only linear layer on CUDA GPUs: int4 weights become float operands in registers and take the rows' side of the product.
+
+Words of 16 bits hold four codes plus 8, of four K-planes of 16 per block of 64: word j holds codes j, j + 16, j + 32, j + 48 from its
+lowest nibble up. `nibble | 0x4300` is the bfloat16 number 128 + nibble and `nibble | 0x6400` the float16 number 1024 + nibble, so one
+exact subtraction gives q - z. Group scales multiply the float32 sums of a group, never the weights: no rounding of its own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qdm_kernels.epilogue.reference import Epilogue, finish
+from qdm_kernels.epilogue.triton import store
+from qdm_kernels.gemm.tiles import GROUP_M, Tile, aligned, weight_only_tile
+from qdm_kernels.gemm.triton import tile_of
+from qdm_kernels.layout import padded_length
+from qdm_kernels.linear_w4a16.reference import dequantize
+
+
+@triton.jit
+def _plane(words, offset, SHIFT: tl.constexpr, KIND: tl.constexpr):
+    """Codes of one plane minus their zero points: words int16 [BN, j], offset float [BN] = zero point + 8. KIND: bf16, fp16 or plain."""
+    nibble = (words >> SHIFT) & 0xF
+    if KIND == "bf16":
+        values = (nibble | 0x4300).to(tl.bfloat16, bitcast=True) - (offset + 128.0).to(tl.bfloat16)[:, None]
+    elif KIND == "fp16":
+        values = (nibble | 0x6400).to(tl.float16, bitcast=True) - (offset + 1024.0).to(tl.float16)[:, None]
+    else:
+        values = nibble.to(tl.float32) - offset[:, None]
+    return values
+
+
+@triton.jit
+def _accumulate(acc, x_tile, words, offset, k, offs_k, K, m_ok, EVEN_K: tl.constexpr, KIND: tl.constexpr):
+    """acc [BN, BM] + the products of one block of inputs. Under the interpreter (KIND plain) in float32: it has no bfloat16 product."""
+    for plane in tl.static_range(4):
+        inside = m_ok[:, None] if EVEN_K else m_ok[:, None] & (k + offs_k + 16 * plane < K)[None, :]
+        x = tl.load(x_tile + k + 16 * plane, mask=inside, other=0.0)
+        if KIND == "plain":
+            x = x.to(tl.float32)
+        acc = tl.dot(_plane(words, offset, 4 * plane, KIND), x.T, acc, out_dtype=tl.float32, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_kernel(
+    x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, out_ptr, M, N, K, BLOCKS, GROUPS,
+    BLOCKS_PER_GROUP: tl.constexpr, KIND: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One [BM, BN] tile: x [M, K], w int16 [N, BLOCKS * BK / 4], scale and zero [N, GROUPS] -> out [M, N].
+
+    BLOCKS_PER_GROUP: 0 = one scale per output, applied at the end.
+    """
+    tile_m, tile_n = tile_of(M, N, BM, BN, GROUP_M)
+    offs_m, offs_n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
+    m_ok, n_ok = offs_m < M, offs_n < N
+    words: tl.constexpr = BK // 4
+    j = tl.arange(0, words)
+    offs_k = (j // 16) * 64 + j % 16
+    x_tile = x_ptr + (offs_m.to(tl.int64) if WIDE else offs_m)[:, None] * K + offs_k[None, :]
+    w_tile = w_ptr + (offs_n.to(tl.int64) if WIDE else offs_n)[:, None] * (BLOCKS * words) + j[None, :]
+    at_group = offs_n * GROUPS
+
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    if BLOCKS_PER_GROUP == 0:
+        offset = tl.load(zero_ptr + at_group, mask=n_ok, other=0).to(tl.float32) + 8.0
+        for block in range(BLOCKS):
+            w = tl.load(w_tile + block * words, mask=n_ok[:, None], other=0)
+            acc = _accumulate(acc, x_tile, w, offset, block * BK, offs_k, K, m_ok, EVEN_K, KIND)
+        acc *= tl.load(scale_ptr + at_group, mask=n_ok, other=0.0)[:, None]
+    else:
+        for group in range(GROUPS):
+            offset = tl.load(zero_ptr + at_group + group, mask=n_ok, other=0).to(tl.float32) + 8.0
+            part = tl.zeros((BN, BM), dtype=tl.float32)
+            for inner in tl.static_range(BLOCKS_PER_GROUP):
+                block = group * BLOCKS_PER_GROUP + inner
+                w = tl.load(w_tile + block * words, mask=n_ok[:, None], other=0)
+                part = _accumulate(part, x_tile, w, offset, block * BK, offs_k, K, m_ok, EVEN_K, KIND)
+            acc += part * tl.load(scale_ptr + at_group + group, mask=n_ok, other=0.0)[:, None]
+
+    y = acc.T
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_n, mask=n_ok, other=0.0)[None, :]
+    at = (offs_m.to(tl.int64) if WIDE else offs_m)[:, None] * N + offs_n[None, :]
+    mask = m_ok[:, None] & n_ok[None, :]
+    store(y, out_ptr, residual_ptr, None, None, None, at, mask, ACTIVATION, HAS_RESIDUAL, False, False)
+
+
+@dataclass(frozen=True)
+class State:
+    """words: int16 [N, ceil64(K) / 4]; scale: float32 [N, G]; zero_point: int8 [N, G]; inputs: K."""
+
+    words: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    inputs: int
+    strategy: str = "triton"
+    reason: str | None = None
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return self.words.shape[0]
+
+
+def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor) -> State:
+    """Pack four codes to a word; arguments as in `op.prepare`."""
+    n, k = codes.shape
+    planes = F.pad(codes.to(torch.int32) + 8, (0, padded_length(k) - k), value=8).unflatten(1, (-1, 4, 16))
+    words = sum(planes[:, :, p] << 4 * p for p in range(4)).to(torch.int16).flatten(1).contiguous()
+    return State(words, scale.reshape(n, -1).contiguous(), zero_point.reshape(n, -1).to(torch.int8).contiguous(), k)
+
+
+def codes_of(state: State) -> Tensor:
+    """Inverse of `prepare`: int8 [N, K]."""
+    planes = [((state.words.unflatten(1, (-1, 1, 16)) >> 4 * p) & 0xF) - 8 for p in range(4)]
+    return torch.cat(planes, 2).flatten(1)[:, : state.inputs].to(torch.int8)
+
+
+def linear(x: Tensor, bias: Tensor | None, state: State, end: Epilogue, *, tile: Tile | None = None) -> Tensor:
+    """x float [M, K] -> [M, N] of end.out_dtype. float32 rows, which tensor cores would round, meet dequantized weights."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        weight = dequantize(codes_of(state), state.scale, state.zero_point, torch.float32)
+        return finish(F.linear(x.float(), weight, bias), end)
+    (m, k), n = x.shape, state.outputs
+    out = torch.empty((m, n), dtype=end.out_dtype, device=x.device)
+    if m == 0:
+        return out
+    padded, groups = state.words.shape[1] * 4, state.scale.shape[1]
+    x = aligned(x if k % 16 == 0 else F.pad(x, (0, padded - k)))
+    group = 0 if groups == 1 else padded // groups
+    tile = tile or weight_only_tile(m, n, padded, group, x.device)
+    residual = None if end.residual is None else end.residual.contiguous()
+    kind = "plain" if not x.is_cuda else "bf16" if x.dtype == torch.bfloat16 else "fp16"
+    linear_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)](
+        x, state.words, state.scale, state.zero_point, bias, residual, out, m, n, x.shape[1], padded // tile.bk, groups,
+        BLOCKS_PER_GROUP=group // tile.bk, KIND=kind, EVEN_K=x.shape[1] % tile.bk == 0, HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, ACTIVATION=end.activation, WIDE=max(x.numel(), out.numel(), state.words.numel()) >= 1 << 31,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, GROUP_M=GROUP_M, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
