@@ -28,7 +28,7 @@ from qdm_cli.engine.quant.rules import resolve
 from qdm_cli.engine.quant.scale_config import AdaptConfig
 from qdm_cli.engine.recipe.checks import stages_of
 from qdm_cli.engine.run.smoke import smoke_recipe
-from qdm_cli.engine.runtime.size import bytes_by_part, nbytes, tensor_table
+from qdm_cli.engine.runtime.size import bytes_by_part, nbytes, owner_of, tensor_table
 
 if TYPE_CHECKING:
     from qdm_cli.engine.quant.state import LayerDecision
@@ -149,8 +149,9 @@ def _target_words(target: str) -> str:
 
 def _layer_rows(decisions: list[LayerDecision], table: dict[str, Any]) -> list[dict[str, Any]]:
     own: Counter[str] = Counter()
+    quantized = {d.name for d in decisions}
     for name, entry in table.items():
-        own[name.rpartition(".")[0]] += nbytes(entry)
+        own[owner_of(name, quantized)[0]] += nbytes(entry)
     return [{**asdict(d), "shape": list(d.shape), "bytes": own[d.name]} for d in decisions]
 
 

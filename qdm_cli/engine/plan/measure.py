@@ -88,5 +88,6 @@ def _training_seconds(denoiser: nn.Module, shape: CallShape, recipe: Recipe, dev
 
 def _some_layer(denoiser: nn.Module, decision: LayerDecision) -> Any:
     static = decision.bits_a is not None and decision.act_mode == "static"
-    table = QParams(torch.full((1,), 0.1), torch.zeros(1)) if static else None
+    shape = (1, 2) if decision.split else (1,)
+    table = QParams(torch.full(shape, 0.1), torch.zeros(shape)) if static else None
     return code_layer(denoiser.get_submodule(decision.name), decision, RangeRule("max"), table)

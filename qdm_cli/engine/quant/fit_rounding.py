@@ -46,13 +46,19 @@ class RoundingFit:
         self.pair, self.settings, self.seed = pair, settings, seed
         self.layers = dict(layers)
 
+    def start(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """Codes rounded to nearest."""
+        return {name: self.layers[name].codes for name in unit.layers}
+
+    def learns(self, unit: Unit) -> bool:
+        """Has the unit weights of few enough bits?"""
+        return any(self.layers[name].decision.bits_w <= self.settings.max_bits for name in unit.layers)
+
     def fit(self, unit: Unit, data: UnitData) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Learn the rounding of one unit; nearest rounding stays where it is better on the checked samples."""
-        nearest = {name: self.layers[name].codes for name in unit.layers}
+        nearest = self.start(unit)
         self.settle(unit, nearest)
         before = self._error(unit, data)
-        if all(self.layers[name].decision.bits_w > self.settings.max_bits for name in unit.layers):
-            return nearest, {"error_nearest": before, "error": before, "undecided": 0.0, "kept": "nearest"}
         weights = self._soften(unit)
         self._optimise(unit, weights, data)
         codes = {name: weight.hard_codes() for name, weight in weights.items()}

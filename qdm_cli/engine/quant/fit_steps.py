@@ -40,14 +40,20 @@ class StepFit:
         self.pair, self.settings, self.seed = pair, settings, seed
         self.layers = dict(layers)
 
+    def start(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """Measured tables of the unit's static activations."""
+        return {name: scale for name in unit.layers if (scale := self.layers[name].act_scale) is not None}
+
+    def learns(self, unit: Unit) -> bool:
+        """Has the unit static activations?"""
+        return bool(self.settings.iterations and self.start(unit))
+
     def fit(self, unit: Unit, data: UnitData) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Learn the tables of one unit; the initial ones stay where they are better on the checked samples."""
-        start = {name: scale for name in unit.layers if (scale := self.layers[name].act_scale) is not None}
+        start = self.start(unit)
         self.settle(unit, start)
         before = self._error(unit, data)
         scales = self._trainable(unit)
-        if not scales:
-            return start, {"error_start": before, "error": before, "kept": "start"}
         self._optimise(unit, scales, data)
         learnt = {name: table.tables()[0].detach().cpu().clone() for name, table in scales.items()}
         self.settle(unit, learnt)

@@ -60,13 +60,13 @@ def reconstruct(denoiser: nn.Module, plan: Plan, ctx: RunContext, *, decisions: 
     units = pair.units(list(chosen))
 
     rounding = RoundingFit(pair, layers, plan.rounding, ctx.recipe.seed)
-    report = {"weights": run_units("weights", units, pair, rounding.fit, rounding.settle, memory=plan.memory, ctx=ctx)}
+    report = {"weights": run_units("weights", units, pair, rounding, memory=plan.memory, ctx=ctx)}
     if loose := undecided_warning(report["weights"]):
         ctx.warn(loose)
     layers = with_ranges(rounding.layers, pair, plan, store, ctx)
     if plan.steps.iterations and any(layer.act_scale is not None for layer in layers.values()):
         steps = StepFit(pair, layers, plan.steps, ctx.recipe.seed)
-        report["steps"] = run_units("steps", units, pair, steps.fit, steps.settle, memory=plan.memory, ctx=ctx)
+        report["steps"] = run_units("steps", units, pair, steps, memory=plan.memory, ctx=ctx)
         layers = steps.layers
     write_report(ctx, report)
     return QuantState(layers={name: layers[name] for name in chosen}, skipped=tuple(d for d in decisions if d.skipped_why), step_keys=keys)

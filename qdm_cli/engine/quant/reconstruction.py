@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -126,13 +126,23 @@ class Pair:
         return Layout.of(*calls)
 
 
-Fit = Callable[[Unit, UnitData], tuple[dict[str, torch.Tensor], dict[str, Any]]]
-"""Optimise one unit of the student: (tensors to keep, figures to report)."""
-Settle = Callable[[Unit, dict[str, torch.Tensor]], None]
-"""Put the kept tensors of a unit into the student, also after a resume."""
+class Fit(Protocol):
+    """One phase of reconstruction."""
+
+    def start(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """What the unit keeps where nothing is learnt."""
+
+    def learns(self, unit: Unit) -> bool:
+        """Is there anything to learn in this unit?"""
+
+    def fit(self, unit: Unit, data: UnitData) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Optimise one unit of the student: (tensors to keep, figures to report)."""
+
+    def settle(self, unit: Unit, tensors: dict[str, torch.Tensor]) -> None:
+        """Put the kept tensors of a unit into the student, also after a resume."""
 
 
-def run_units(phase: str, units: list[Unit], pair: Pair, fit: Fit, settle: Settle, *, memory: int, ctx: RunContext) -> list[dict[str, Any]]:
+def run_units(phase: str, units: list[Unit], pair: Pair, fit: Fit, *, memory: int, ctx: RunContext) -> list[dict[str, Any]]:
     """Fit units one after the other; finished ones are read from `ctx.resume` and not done again.
 
     Args:
@@ -140,20 +150,24 @@ def run_units(phase: str, units: list[Unit], pair: Pair, fit: Fit, settle: Settl
         memory: bytes of unit data that may be held at a time; more is streamed from disk.
 
     Returns:
-        One dict of figures per unit.
+        One dict of figures per unit in which something was learnt.
     """
     figures = []
     for index, unit in enumerate(units):
         path = ctx.resume / f"{phase}-{index:04d}.safetensors"
+        ctx.events.progress(phase, index, len(units), unit.name)
+        if not fit.learns(unit):
+            fit.settle(unit, fit.start(unit))
+            continue
         if not path.exists():
             data = pair.capture(unit, UnitData(ctx.resume / f"{phase}-data", pair.layout(unit), memory))
-            tensors, figure = fit(unit, data)
+            tensors, figure = fit.fit(unit, data)
             data.close()
             write_tensors(path, tensors, {"unit": unit.name, **figure})
         tensors, meta = read_tensors(path)
-        settle(unit, tensors)
+        fit.settle(unit, tensors)
         figures.append(meta)
-        ctx.events.progress(phase, index + 1, len(units), unit.name)
+    ctx.events.progress(phase, len(units), len(units))
     return figures
 
 

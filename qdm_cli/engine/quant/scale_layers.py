@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qdm_cli.engine.diffusion.step_context import StepContext
+from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.modules import QuantizedLayer
 from qdm_cli.engine.quant.scale_function import CodedOperand, pack_codes, scaled_product
 from qdm_cli.engine.quant.scale_set import LayerScales, ScaleSet, codes_digest
@@ -26,9 +27,16 @@ def start_scales(state: QuantState, denoiser: nn.Module, *, keys: Tensor, input_
         keys: f64 [n], smallest timestep of each interval.
         input_scales: with s_in (TuneQDM) or without (PEQA).
         base: `state_digest(state)`; None = the scales will not be written.
+
+    Raises:
+        InputError: a layer has two weight ranges.
     """
     layers = {}
     for name, layer in state.layers.items():
+        if layer.decision.split is not None:
+            raise InputError(
+                f"{name} has two weight ranges (quantize.split_shortcuts), which scale adaptation does not train. Turn it off."
+            )
         group = layer.decision.granularity == "group"
         out = torch.ones(layer.codes.shape[0]) if group else layer.weight_scale.float()
         begin = LayerScales(out[None], None)

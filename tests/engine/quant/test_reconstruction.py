@@ -20,6 +20,7 @@ from qdm_cli.engine.diffusion.trajectories import TrajectoryStore, TrajectoryWri
 from qdm_cli.engine.errors import GateFailed
 from qdm_cli.engine.methods.qdiffusion import QDiffusionConfig, qdiffusion
 from qdm_cli.engine.models import layer_roles
+from qdm_cli.engine.quant.calibration import RangeRule, code_layer
 from qdm_cli.engine.quant.reconstruction import CalibrationCalls, Pair, evenly_spaced, unit_error
 from qdm_cli.engine.quant.state import LayerDecision
 from qdm_cli.engine.quant.unit_data import Layout, UnitData
@@ -297,8 +298,11 @@ class TestReconstruction:
     def test_wide_units_round_to_nearest(self, tmp_path):
         model, ctx = denoiser(), context(tmp_path / "work")
         cfg = settings(rounding={"iterations": 40, "max_bits": 3})
-        qdiffusion(model, cfg, ctx, decisions=decisions_of(model), store=store_at(tmp_path / "store"))
-        assert {row["kept"] for row in json.loads((ctx.payload / "reconstruction.json").read_text())["weights"]} == {"nearest"}
+        state = qdiffusion(model, cfg, ctx, decisions=decisions_of(model), store=store_at(tmp_path / "store"))
+        assert json.loads((ctx.payload / "reconstruction.json").read_text())["weights"] == []
+        for name, layer in state.layers.items():
+            nearest = code_layer(model.get_submodule(name), layer.decision, RangeRule("mse"), None)
+            assert torch.equal(layer.codes, nearest.codes)
 
     def test_undecided_weights_are_reported_once(self, tmp_path):
         model, ctx = denoiser(), context(tmp_path / "work")

@@ -155,3 +155,10 @@ def test_grouped_scales_start_from_one(make_state: Any, tiny_unet: Any) -> None:
     wanted, found = call(base, noise(), torch.tensor(300)), call(denoiser, noise(), torch.tensor(300))
     assert float((found - wanted).norm() / wanted.norm()) < 2e-6
     assert torch.equal(next(iter(tables.start.layers.values())).out, torch.ones_like(next(iter(tables.start.layers.values())).out))
+
+
+def test_split_layers_are_refused(make_layer_state) -> None:
+    linear = nn.Linear(8, 4)
+    state = QuantState({"0": make_layer_state(linear, name="0", split=4)})
+    with pytest.raises(InputError, match="split_shortcuts"):
+        start_scales(state, nn.Sequential(linear), keys=torch.zeros(1), input_scales=True)
