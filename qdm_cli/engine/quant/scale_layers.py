@@ -34,9 +34,7 @@ def start_scales(state: QuantState, denoiser: nn.Module, *, keys: Tensor, input_
     layers = {}
     for name, layer in state.layers.items():
         if layer.decision.split is not None:
-            raise InputError(
-                f"{name} has two weight ranges (quantize.split_shortcuts), which scale adaptation does not train. Turn it off."
-            )
+            raise InputError(f"{name} has two weight ranges, whose scales cannot be adapted. Calibrate without quantize.split_shortcuts.")
         group = layer.decision.granularity == "group"
         out = torch.ones(layer.codes.shape[0]) if group else layer.weight_scale.float()
         begin = LayerScales(out[None], None)

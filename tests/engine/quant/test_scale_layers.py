@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from qdm_cli.engine.diffusion.intervals import uniform_keys
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.row_adam import RowAdam
 from qdm_cli.engine.quant.scale_layers import ScaleTables, build_scaled_, start_scales, state_digest
 from qdm_cli.engine.quant.scale_set import check_base, read_scales, write_scales
-from qdm_cli.engine.quant.state import read_state, write_state
+from qdm_cli.engine.quant.state import QuantState, read_state, write_state
 from qdm_cli.engine.quant.state_apply import apply_state_
 
 END = 1000.0
