@@ -41,6 +41,11 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, str]]] = {
         "Train the quantized model to follow the full-precision one.",
         ("qdm finetune quickstart", "qdm calibrate r.yaml | qdm finetune r.yaml --from -"),
     ),
+    "cache": (
+        "qdm_cli.commands.cache:cache",
+        "Choose which denoising steps reuse features, and measure it.",
+        ("qdm cache planned-quickstart", "qdm cache r.yaml --from runs/r/latest-finetune cache.budget.speedup=1.8"),
+    ),
     "export": (
         "qdm_cli.commands.export:export",
         "Write a diffusers folder with integer weights, checked in a fresh process.",
@@ -89,7 +94,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, str]]] = {
     ),
     "env": ("qdm_cli.commands.env:env", "Versions, devices, usable kernels.", ("qdm env", "qdm env --format json")),
 }
-STAGE_COMMANDS = ("run", "calibrate", "finetune", "export", "evaluate")
+STAGE_COMMANDS = ("run", "calibrate", "finetune", "cache", "export", "evaluate")
 
 START = """no command given. Start with one of these:
   qdm run quickstart     compress a small built-in model on the CPU, nothing to download

@@ -23,7 +23,7 @@ class StageSummary(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    stage: Literal["calibrate", "finetune", "export", "evaluate"]
+    stage: Literal["calibrate", "finetune", "cache", "export", "evaluate"]
     """Its name."""
     status: Literal["done", "cached"]
     """cached = it had been done before."""
@@ -32,7 +32,7 @@ class StageSummary(BaseModel):
 
 
 class StageOutput(_Output):
-    """`run`, `calibrate`, `finetune`, `export`, `evaluate`."""
+    """`run`, `calibrate`, `finetune`, `cache`, `export`, `evaluate`."""
 
     status: Literal["done", "cached", "failed"]
     """failed = a gate of `evaluate.fail_if` was true; the result is there all the same."""

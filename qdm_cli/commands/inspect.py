@@ -34,6 +34,7 @@ def inspect(
     data["folder"] = str(artifact.folder)
     data["bytes"] = sum(entry.bytes for entry in artifact.manifest.files.values())
     data["bits"] = bits_summary(artifact.manifest.layers)
+    data["schedule"] = schedule_summary(artifact)
     if layers and artifact.manifest.kind == "exported":
         data["layers"] = _with_kernels(data["layers"], artifact.folder)
     return Result(data=data, human=lambda console: _show(console, artifact, data, layers=layers))
@@ -48,6 +49,26 @@ def _with_kernels(layers: list[dict[str, Any]], folder: Path) -> list[dict[str, 
         {**row, "kernel": chosen[row["name"]].kernel, "why_not": chosen[row["name"]].why_not} if row.get("name") in chosen else row
         for row in layers
     ]
+
+
+def schedule_summary(artifact: Artifact) -> dict[str, Any] | None:
+    """What a cache schedule does, with the step mask that other tools read; None = the artifact has none."""
+    from qdm_cli.engine.caching.emit import step_mask
+    from qdm_cli.engine.caching.schedule import SCHEDULE_FILE, read_schedule
+
+    if SCHEDULE_FILE not in artifact.manifest.files:
+        return None
+    schedule = read_schedule(artifact.folder)
+    figures = schedule.verified or schedule.predicted
+    return {
+        "method": schedule.provenance.method,
+        "calls": schedule.sampler.calls,
+        "full_calls": len(schedule.refreshes),
+        "cuts": [cut.id for cut in schedule.cuts],
+        "speedup": None if figures is None else figures.speedup,
+        "verified": schedule.verified is not None,
+        "mask": "".join(map(str, step_mask(schedule))),
+    }
 
 
 def bits_summary(layers: list[dict[str, Any]]) -> dict[str, int]:
@@ -100,7 +121,14 @@ def _facts(artifact: Artifact, data: dict[str, Any]) -> list[tuple[str, str]]:
         ("verified", manifest.verified),
         ("qdm", version),
     ]
+    if data["schedule"]:
+        facts.append(("cache", _schedule(data["schedule"])))
     return [*facts, ("gate", manifest.gate)] if manifest.gate else facts
+
+
+def _schedule(found: dict[str, Any]) -> str:
+    speed = "" if found["speedup"] is None else f", denoiser {found['speedup']:.2f}x"
+    return f"{found['method']}: {found['full_calls']} of {found['calls']} calls in full, reuses {', '.join(found['cuts'])}{speed}"
 
 
 def _number(value: Any) -> str:

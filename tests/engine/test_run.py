@@ -183,7 +183,7 @@ def test_a_missing_predecessor_names_the_command() -> None:
 
 
 def test_nothing_to_work_on() -> None:
-    with pytest.raises(InputError, match="the recipe has no finetune or calibrate; give --from DIR"):
+    with pytest.raises(InputError, match="the recipe has no cache or finetune or calibrate; give --from DIR"):
         run_stage("export", recipe(calibrate=None, finetune=None), **ENGINE)
 
 

@@ -334,8 +334,8 @@ def _first(error: ValidationError) -> str:
 
 
 def hash_config(config: Mapping[str, Any]) -> str:
-    """sha256 of a diffusers configuration, without private keys (`_diffusers_version` and paths)."""
-    return hash_json({name: value for name, value in dict(config).items() if not name.startswith("_")})
+    """sha256 of a diffusers configuration, without private keys (`_diffusers_version` and paths) and how its weights are stored."""
+    return hash_json({name: value for name, value in dict(config).items() if not name.startswith("_") and name != "quantization_config"})
 
 
 def differences(schedule: Schedule, model: ModelRef | None, sampler: SamplerRef | None) -> list[str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import inspect
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from qdm_cli.engine.recipe.schema import SamplerSpec
 
 GuidanceOrder = Literal["none", "uncond_first", "cond_first"]
 
@@ -29,3 +33,11 @@ def guided(prediction: torch.Tensor, order: GuidanceOrder, scale: float) -> torc
     first, second = prediction.chunk(2)
     uncond, cond = (first, second) if order == "uncond_first" else (second, first)
     return uncond + scale * (cond - uncond)
+
+
+def guidance_scale(pipeline: Any, sampler: SamplerSpec) -> float:
+    """Scale of the guided noise: the sampler's, else the pipeline's own default; 1 where a pipeline has none."""
+    if sampler.guidance is not None:
+        return sampler.guidance
+    parameter = inspect.signature(pipeline.__call__).parameters.get("guidance_scale")
+    return float(parameter.default) if parameter is not None else 1.0

@@ -157,7 +157,7 @@ class _Last:
 @contextmanager
 def _scheduler_steps(pipeline: Any, generators: list[torch.Generator], eta: float) -> Iterator[_Last]:
     """Give every scheduler step the samples' generators and eta, which some pipelines (DiT, LDM, DDPM) forget; keep the last sample."""
-    step = pipeline.scheduler.step
+    step, replaced = pipeline.scheduler.step, vars(pipeline.scheduler).get("step")
     known = inspect.signature(step).parameters
     last = _Last()
 
@@ -175,6 +175,8 @@ def _scheduler_steps(pipeline: Any, generators: list[torch.Generator], eta: floa
         yield last
     finally:
         del pipeline.scheduler.step
+        if replaced is not None:
+            pipeline.scheduler.step = replaced
 
 
 def step_timesteps(model: Any, sampler: SamplerSpec) -> list[float]:
@@ -185,14 +187,14 @@ def step_timesteps(model: Any, sampler: SamplerSpec) -> list[float]:
     """
     pipeline = getattr(model, "pipeline", model)
     seen: dict[float, None] = {}
-    with _answer_once(find_denoiser(pipeline)[1], lambda timestep: seen.setdefault(float(timestep))):
+    with answered_once(find_denoiser(pipeline)[1], lambda timestep: seen.setdefault(float(timestep))):
         for _ in batches(pipeline, sampler, count=1, batch=1, output="latent"):
             pass
     return list(seen)
 
 
 @contextmanager
-def _answer_once(denoiser: nn.Module, on_timestep: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+def answered_once(denoiser: nn.Module, on_timestep: Callable[[torch.Tensor], Any]) -> Iterator[None]:
     """Replace `denoiser.forward` by one that reports the timestep and computes only the first call of each input shape."""
     forward, own = denoiser.forward, "forward" in vars(denoiser)
     answers: dict[Any, Any] = {}

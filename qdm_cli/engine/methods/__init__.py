@@ -21,6 +21,13 @@ METHODS: dict[str, dict[str, str]] = {
         "peqa": "qdm_cli.engine.methods.peqa:PeqaConfig",
         "tuneqdm": "qdm_cli.engine.methods.tuneqdm:TuneQdmConfig",
     },
+    "cache": {
+        "uniform": "qdm_cli.engine.caching.config:UniformConfig",
+        "deepcache": "qdm_cli.engine.caching.config:DeepCacheConfig",
+        "deepcache-ldm": "qdm_cli.engine.caching.config:DeepCacheLdmConfig",
+        "mask": "qdm_cli.engine.caching.config:MaskConfig",
+        "dp": "qdm_cli.engine.caching.config:DpConfig",
+    },
 }
 
 _FUNCTIONS: dict[type, Callable[..., Any]] = {}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from qdm_cli.engine.caching import latency
+from qdm_cli.engine.caching.config import DpConfig
 from qdm_cli.engine.evaluation.config import CostSuite
 from qdm_cli.engine.evaluation.cost import WARM_UP
 from qdm_cli.engine.evaluation.sensitivity import TIMESTEPS
@@ -66,6 +68,8 @@ def denoiser_calls(recipe: Recipe, layers: int) -> list[Calls]:
         pools = ceil(cfg.iterations / max(1, own_steps // cfg.accumulate))
         found.append(Calls("finetune", "trajectories", (pools + 1) * own_steps, cfg.batch_size))
         found.append(Calls("finetune", "training", cfg.iterations * cfg.accumulate, cfg.batch_size, training=True))
+    if recipe.cache is not None:
+        found += _caching(recipe, steps)
     if recipe.export is not None and recipe.export.verify:
         found.append(Calls("export", "self-check", 2 * EXPORT_PROBES + 1, 1))
     if recipe.evaluate is not None:
@@ -91,6 +95,25 @@ def _adaptation(cfg: AdaptConfig, steps: int) -> list[Calls]:
     ]
     if cfg.prior is not None:
         found.append(Calls("finetune", "prior samples", ceil(cfg.prior.images / cfg.batch_size) * steps, cfg.batch_size))
+    return found
+
+
+def _caching(recipe: Recipe, steps: int) -> list[Calls]:
+    """Full calls; the partial ones among the held-out samples count as full, those that are timed or profiled are left out."""
+    cache: Any = recipe.cache
+    quantized = recipe.calibrate is not None or recipe.finetune is not None
+    planned = isinstance(cache, DpConfig)
+    found = [Calls("cache", "latency", latency.WARM_UP + latency.REPEATS, cache.latency_batch if planned else 1)]
+    if planned:
+        data = cache.data
+        images = min(data.samples, data.batch)
+        found.append(Calls("cache", "drift profile", ceil(data.samples / data.batch) * steps * (1 + quantized), images))
+        if cache.sensitivity == "rollout":
+            found.append(Calls("cache", "sensitivity", steps + min(cache.rollouts, steps - 1) * (steps + 1) // 2, images))
+    if cache.verify is not None:
+        check = cache.verify
+        sets = 2 + 2 * quantized + (check.baseline != "none")
+        found.append(Calls("cache", "held-out samples", sets * ceil(check.samples / check.batch) * steps, min(check.samples, check.batch)))
     return found
 
 

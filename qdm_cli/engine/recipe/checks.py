@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from qdm_cli.engine.caching.config import FEW_STEPS, DeepCacheConfig, DpConfig, MaskConfig
 from qdm_cli.engine.errors import RecipeError
 from qdm_cli.engine.evaluation.gates import parse_conditions
 from qdm_cli.engine.evaluation.names import of_suites
@@ -26,7 +27,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 def cross_checks(recipe: Recipe) -> list[Finding]:
     """Everything that the schema alone cannot see."""
-    return [*_quantize(recipe.quantize), *_auto(recipe), *_suites(recipe), *_fail_if(recipe), *_device(recipe)]
+    return [*_quantize(recipe.quantize), *_auto(recipe), *_cache(recipe), *_suites(recipe), *_fail_if(recipe), *_device(recipe)]
 
 
 def empty_stages(text: str, document: Document) -> list[Finding]:
@@ -98,6 +99,38 @@ def _match(match: str | RoleMatch) -> Iterator[tuple[str, str]]:
         yield "match", "must give role, type or kernel"
     elif match.kernel is not None and match.type == "Linear":
         yield "match.kernel", "is only for type Conv2d"
+
+
+def _cache(recipe: Recipe) -> Iterator[Finding]:
+    cache, steps = recipe.cache, recipe.sampler.steps
+    if cache is None:
+        return
+    if steps <= FEW_STEPS and not cache.force:
+        yield Finding(
+            ("sampler", "steps"), f"{steps} steps are too few to cache: neighbouring calls differ too much. Set cache.force to try"
+        )
+    if isinstance(cache, DpConfig):
+        given = [name for name, value in cache.budget if value is not None]
+        if len(given) != 1:
+            yield Finding(
+                ("cache", "budget"), f"needs exactly one of speedup, latency_ms, latent_error, psnr (got {', '.join(given) or 'none'})"
+            )
+        if cache.cuts == ():
+            yield Finding(("cache", "cuts"), "names no cut; write auto for the defaults")
+        if cache.max_interval > steps:
+            yield Finding(("cache", "max_interval"), f"is larger than sampler.steps ({steps})")
+        return
+    if isinstance(cache, MaskConfig):
+        digits = [digit for digit in cache.mask if digit in "01"]
+        if len(digits) != steps:
+            yield Finding(("cache", "mask"), f"has {len(digits)} digits for {steps} steps")
+        if digits[0] != "1":
+            yield Finding(("cache", "mask"), "must begin with 1: nothing has been computed that could be reused")
+        return
+    if cache.interval > 1 and steps < 2 * cache.interval:
+        yield Finding(("cache", "interval"), f"needs at least {2 * cache.interval} steps (sampler.steps is {steps})")
+    if isinstance(cache, DeepCacheConfig) and cache.center >= steps:
+        yield Finding(("cache", "center"), f"must be below sampler.steps ({steps})")
 
 
 def _suites(recipe: Recipe) -> Iterator[Finding]:

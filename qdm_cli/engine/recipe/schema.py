@@ -104,6 +104,8 @@ class Recipe(Spec):
     """Trajectories and ranges."""
     finetune: _union("finetune") | None = None  # type: ignore[valid-type]
     """Training after calibration."""
+    cache: _union("cache") | None = None  # type: ignore[valid-type]
+    """Reuse of features between denoising steps."""
     export: ExportSpec | None = None
     """Write the compressed pipeline."""
     evaluate: EvaluateSpec | None = None

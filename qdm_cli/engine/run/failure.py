@@ -13,6 +13,7 @@ from qdm_cli.engine.run.host import peak_bytes
 MEMORY_SETTING = {
     "calibrate": "calibrate.data.batch",
     "finetune": "finetune.batch_size",
+    "cache": "cache.data.batch",
     "export": "device.offload",
     "evaluate": "evaluate.batch",
 }

@@ -10,13 +10,14 @@ from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.sensitivity import SENSITIVITY_FILE
 from qdm_cli.engine.recipe.schema import Recipe
 
-ORDER = ("calibrate", "finetune", "export", "evaluate")
-KINDS = {"calibrate": "calibrated", "finetune": "finetuned", "export": "exported", "evaluate": "evaluated"}
+ORDER = ("calibrate", "finetune", "cache", "export", "evaluate")
+KINDS = {"calibrate": "calibrated", "finetune": "finetuned", "cache": "cached", "export": "exported", "evaluate": "evaluated"}
 
 # Sections of the recipe that a stage reads besides its own; what it gets through its parent is in the parent's digest.
 READS = {
     "calibrate": ("model", "sampler", "seed", "quantize"),
     "finetune": ("model", "sampler", "seed", "quantize"),
+    "cache": ("model", "sampler", "seed"),
     "export": ("model", "sampler", "quantize"),
     "evaluate": ("model", "sampler", "seed"),
 }
@@ -26,8 +27,9 @@ NO_EFFECT = ("checkpoint_every", "log_every", "log")
 PREDECESSORS: dict[str, tuple[str, ...]] = {
     "calibrate": (),
     "finetune": ("calibrate",),
-    "export": ("finetune", "calibrate"),
-    "evaluate": ("export", "finetune", "calibrate"),
+    "cache": ("finetune", "calibrate"),
+    "export": ("cache", "finetune", "calibrate"),
+    "evaluate": ("export", "cache", "finetune", "calibrate"),
 }
 
 

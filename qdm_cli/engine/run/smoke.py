@@ -24,6 +24,14 @@ _LIMITS: dict[str, int] = {
     "finetune.prior.images": SAMPLES,
     "finetune.intervals.k": STEPS,
     "finetune.sampler.steps": STEPS,
+    "cache.interval": 2,
+    "cache.center": 1,
+    "cache.data.samples": BATCH,
+    "cache.data.batch": BATCH,
+    "cache.rollouts": 2,
+    "cache.max_interval": STEPS,
+    "cache.verify.samples": BATCH,
+    "cache.verify.batch": BATCH,
     "evaluate.samples": SAMPLES,
     "evaluate.batch": BATCH,
     "evaluate.grid": SAMPLES,
@@ -43,6 +51,12 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
     if data["finetune"] and "images" in data["finetune"].get("data", {}):
         # the recipe's own images need not be there
         data["finetune"]["data"] |= {"images": "builtin:digits", "limit": SAMPLES}
+    if data["cache"]:
+        data["cache"]["force"] = True
+        if "budget" in data["cache"]:
+            data["cache"]["budget"] = {"speedup": 1.2}
+        if "mask" in data["cache"]:
+            data["cache"]["mask"] = ("".join(digit for digit in data["cache"]["mask"] if digit in "01"))[:STEPS]
     if data["evaluate"]:
         data["evaluate"] |= {"fail_if": (), "against": "base", "weights": {}}
         for suite in data["evaluate"]["suites"]:

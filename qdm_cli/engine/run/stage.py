@@ -100,7 +100,7 @@ def run_recipe(recipe: Recipe, *, source: Artifact | None = None, out: Path | No
     run = Run.start(recipe, Options(**options), root=out)
     names = [name for name in ORDER if getattr(recipe, name) is not None]
     if not names:
-        raise InputError("the recipe has no stage: add calibrate, finetune, export or evaluate")
+        raise InputError("the recipe has no stage: add calibrate, finetune, cache, export or evaluate")
     outcomes: list[RunOutcome] = []
     for name in names:
         if source is None and name != "calibrate":
@@ -143,7 +143,7 @@ class Run:
     def implied_source(self, stage: str) -> Artifact | None:
         """The finished artifact that this recipe makes just before `stage`.
 
-        None = there is none to be made: `calibrate` starts from the base model, and `evaluate` alone judges it.
+        None = there is none to be made: `calibrate` starts from the base model, `cache` and `evaluate` alone take it as it is.
 
         Raises:
             InputError: it is not there; the message has the command that makes it.
@@ -156,7 +156,7 @@ class Run:
                 command = " ".join(["qdm", name, *self.options.recipe_args, *(["--smoke"] if self.options.smoke else [])])
                 raise InputError(f"{stage} needs the result of {name}, which is not in {self.root}. Run: {command}   (or give --from DIR)")
             return artifact
-        if stage in ("calibrate", "evaluate"):
+        if stage in ("calibrate", "cache", "evaluate"):
             return None
         raise InputError(f"{stage} has nothing to work on: the recipe has no {' or '.join(PREDECESSORS[stage])}; give --from DIR")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
 from qdm_cli.engine.context import StageResult
-from qdm_cli.engine.diffusion.guidance import guidance_order
+from qdm_cli.engine.diffusion.guidance import guidance_order, guidance_scale
 from qdm_cli.engine.diffusion.sampling import generate, prompts_for
 from qdm_cli.engine.diffusion.trajectories import captured_calls, sample_tensor
 from qdm_cli.engine.errors import InputError
@@ -92,14 +91,6 @@ def trajectories_of(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Traje
     first = sample_tensor(run(0)[0][0])
     order = guidance_order(type(loaded.pipeline).__name__, int(first.shape[0]), count)
     return Trajectories(run=run, order=order, guidance=guidance_scale(loaded.pipeline, sampler))
-
-
-def guidance_scale(pipeline: Any, sampler: SamplerSpec) -> float:
-    """Scale of the guided noise: the sampler's, else the pipeline's own default; 1 where a pipeline has none."""
-    if sampler.guidance is not None:
-        return sampler.guidance
-    parameter = inspect.signature(pipeline.__call__).parameters.get("guidance_scale")
-    return float(parameter.default) if parameter is not None else 1.0
 
 
 def train_sampler(deployed: SamplerSpec, spec: Any) -> SamplerSpec:

@@ -56,7 +56,7 @@ def depth(denoiser: nn.Module) -> int:
 
 def down_channels(denoiser: nn.Module) -> list[int]:
     """Channels of the skips D_1 .. D_d."""
-    channels = [denoiser.conv_in.out_channels]
+    channels = [denoiser.config["block_out_channels"][0]]  # a packed conv_in does not say
     for block in denoiser.down_blocks:
         channels += [resnet.out_channels for resnet in block.resnets]
         channels += [channels[-1]] if block.downsamplers is not None else []

@@ -1,0 +1,395 @@
+"""`cache`: which denoiser calls reuse features, chosen by rule or planned on the model that will run, and measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qdm_cli import __version__
+from qdm_cli.engine.artifact import hash_file, write_json
+from qdm_cli.engine.caching import dp, emit, plots, profile, verify
+from qdm_cli.engine.caching.config import FEW_STEPS, BlockRange, CacheVerify, DpConfig, RuleConfig
+from qdm_cli.engine.caching.drive import Loop, following
+from qdm_cli.engine.caching.latency import Latency, measure
+from qdm_cli.engine.caching.planner import Subject, planned, problem_of, ruled
+from qdm_cli.engine.caching.runtime import candidate_cuts, find_cut
+from qdm_cli.engine.caching.schedule import (
+    CORRECTIONS_FILE,
+    Corrections,
+    Cut,
+    Figures,
+    ModelRef,
+    Provenance,
+    Schedule,
+    hash_config,
+    write_schedule,
+)
+from qdm_cli.engine.caching.trace import trace_sampler
+from qdm_cli.engine.checkpoint import write_tensors
+from qdm_cli.engine.context import StageResult
+from qdm_cli.engine.diffusion.prompts import prompts_for
+from qdm_cli.engine.errors import GateFailed, InputError
+from qdm_cli.engine.evaluation.images import PairedMetrics
+from qdm_cli.engine.models import LoadedPipeline, load_pipeline
+from qdm_cli.engine.quant.state import STATE_FILE, read_state
+from qdm_cli.engine.quant.state_apply import apply_state_
+from qdm_cli.engine.runtime.modules import pack_denoiser_
+
+if TYPE_CHECKING:
+    from qdm_cli.engine.artifact import Artifact
+    from qdm_cli.engine.context import RunContext
+
+CACHE_DIT_FILE = "cache-dit.json"
+PROFILE_START = 3_000_000
+"""Index of the first profiled sample: its noise is that of no calibration, training, held-out or evaluated sample."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """own: the model that will run. base: the full-precision one; the same object where nothing is quantized."""
+
+    own: Loop
+    base: Loop
+
+    @property
+    def quantized(self) -> bool:
+        return self.own is not self.base
+
+
+def cache(spec: RuleConfig, source: Artifact | None, ctx: RunContext) -> StageResult:
+    """Choose a schedule, measure it on held-out samples, and write `schedule.json` beside the quantized state it was made for.
+
+    Args:
+        source: a calibrated or fine-tuned artifact; None = the plain model.
+
+    Raises:
+        InputError: few steps, a cut or setting that the model or sampler does not have.
+        GateFailed: no schedule reaches the budget.
+    """
+    started = time.monotonic()
+    models = load(source, ctx)
+    sampler, guidance = trace_sampler(models.own.loaded, ctx.recipe.sampler)
+    if sampler.steps <= FEW_STEPS and not (spec.force or ctx.smoke):
+        text = f"{sampler.steps} steps are too few to cache: neighbouring calls differ too much. Set cache.force to try"
+        raise InputError(f"sampler.steps: {text}.", path="sampler.steps")
+    passes = 2 if guidance.mode == "sequential" else 1
+    models = Models(*(replace(loop, passes=passes) for loop in (models.own, models.base))) if passes > 1 else models
+    subject = Subject(model_ref(models, source), sampler, guidance, cuts_of(spec, models.own.loaded), provenance(spec, ctx))
+    latency = measured_latency(spec, models.own, subject, ctx)
+    loaded = time.monotonic()
+    if isinstance(spec, DpConfig):
+        schedule = plan(spec, models, subject, latency, ctx)
+    else:
+        schedule = ruled(spec, subject, latency)
+    chosen = time.monotonic()
+    schedule = schedule.model_copy(update={"qdm_version": __version__})
+    metrics: dict[str, Any] = {"calls": sampler.calls, "full_calls": len(schedule.refreshes)}
+    if schedule.predicted is not None:
+        metrics["speedup"] = schedule.predicted.speedup
+    if spec.verify is not None:
+        schedule, found = verified(schedule, spec.verify, models, latency, ctx)
+        metrics |= found
+    write_files(schedule, latency, source, ctx)
+    return StageResult(
+        layers=source.manifest.layers if source is not None else [],
+        sampler=ctx.recipe.sampler.model_dump(mode="json"),
+        metrics=metrics,
+        bytes_by_part=source.manifest.bytes_by_part if source is not None else {},
+        base_model=models.base.loaded.identity,
+        seeds={"profile": ctx.recipe.seed, "held_out": ctx.recipe.seed},
+        seconds={"load": loaded - started, "plan": chosen - loaded, "verify": time.monotonic() - chosen},
+        simulated=True,
+    )
+
+
+# ---------------------------------------------------------------- what a schedule is made for
+
+
+def load(source: Artifact | None, ctx: RunContext) -> Models:
+    """The full-precision pipeline and, of a quantized source, the one that will run: on packed integers where its layers allow it."""
+    base = _pipeline(ctx)
+    loop = Loop(base, ctx.recipe.sampler, prompts=_prompts("builtin:captions-128"), seed=ctx.recipe.seed)
+    if source is None or not (source.folder / STATE_FILE).is_file():
+        return Models(loop, loop)
+    own, state = _pipeline(ctx), read_state(source.folder)
+    try:
+        pack_denoiser_(own.denoiser, state)
+    except InputError as error:
+        ctx.warn(f"planned on simulated integers, so latency is not that of the export: {error}")
+        own = _pipeline(ctx)
+        apply_state_(own.denoiser, state)
+    own.pipeline.to(ctx.device)
+    return Models(replace(loop, loaded=own), loop)
+
+
+def _pipeline(ctx: RunContext) -> LoadedPipeline:
+    recipe = ctx.recipe
+    return load_pipeline(
+        recipe.model, recipe.sampler, device=ctx.device, smoke=ctx.smoke, offline=ctx.offline, offload=recipe.device.offload
+    )
+
+
+def _prompts(name: str) -> list[str]:
+    return prompts_for(name)
+
+
+def model_ref(models: Models, source: Artifact | None) -> ModelRef:
+    """The denoiser that the schedule is for."""
+    denoiser = models.base.loaded.denoiser
+    state = source.folder / STATE_FILE if source is not None else None
+    return ModelRef(
+        class_=type(denoiser).__name__,
+        config_sha256=hash_config(denoiser.config),
+        weights_sha256=models.base.loaded.identity["digest"],
+        quant_sha256=hash_file(state) if state is not None and models.quantized else None,
+    )
+
+
+def provenance(spec: RuleConfig, ctx: RunContext) -> Provenance:
+    """Method, time, device and prompts."""
+    prompts = _prompts(spec.data.prompts) if isinstance(spec, DpConfig) else None
+    return Provenance(
+        method=spec.method,  # type: ignore[attr-defined]
+        created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        device=torch.cuda.get_device_name(ctx.device) if ctx.device.startswith("cuda") else ctx.device,
+        prompts_sha256=None if prompts is None else hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+    )
+
+
+def cuts_of(spec: RuleConfig, loaded: LoadedPipeline) -> list[Cut]:
+    """The cuts that a section names, or the defaults.
+
+    Raises:
+        InputError: the model has no such cut; names the setting.
+    """
+    name = "cuts" if isinstance(spec, DpConfig) else "cut"
+    given = getattr(spec, name)
+    places = given if isinstance(given, tuple) else (given,)
+    try:
+        if given == "auto":
+            found = candidate_cuts(loaded.denoiser)
+            return found if isinstance(spec, DpConfig) else found[:1]
+        return [find_cut(loaded.denoiser, place.range if isinstance(place, BlockRange) else place) for place in places]
+    except InputError as error:
+        raise InputError(f"cache.{name}: {error}", path=f"cache.{name}") from None
+
+
+# ---------------------------------------------------------------- planning
+
+
+def measured_latency(spec: RuleConfig, loop: Loop, subject: Subject, ctx: RunContext) -> Latency:
+    """Time of full and partial calls of the model that will run; kept for a run that continues."""
+    path = ctx.resume / "latency.json"
+    if path.is_file():
+        return Latency(**json.loads(path.read_text(encoding="utf-8")))
+    batch = spec.latency_batch if isinstance(spec, DpConfig) else 1
+    found = measure(loop, subject.cuts, batch=batch, at=subject.sampler.calls // 2, device=ctx.device)
+    write_json(path, asdict(found))
+    shown = ", ".join(f"{name} {value:.1f} ms" for name, value in found.partial_ms.items())
+    ctx.events.log(f"latency at batch {batch}: full call {found.full_ms:.1f} ms; partial calls: {shown}")
+    return found
+
+
+def plan(spec: DpConfig, models: Models, subject: Subject, latency: Latency, ctx: RunContext) -> Schedule:
+    """Profile, weigh, search, choose.
+
+    Raises:
+        GateFailed: no schedule reaches the budget.
+    """
+    errors = profiled(spec, models, subject, ctx)
+    weights = weighed(spec, models.own, subject, ctx)
+    problem = problem_of(spec, subject, errors, weights, latency)
+    curve = dp.pareto(problem)
+    uncached = latency.full_ms * subject.sampler.calls
+    budget = spec.budget
+    if budget.speedup is not None or budget.latency_ms is not None:
+        limit = uncached / budget.speedup if budget.speedup is not None else float(budget.latency_ms or math.inf)
+        found = dp.within(problem, limit)
+        if found is None:
+            text = f"cache.budget: {limit:.1f} ms per trajectory cannot be reached: the fastest schedule takes {curve[0].latency_ms:.1f} ms"
+            if not ctx.smoke:
+                raise GateFailed(f"{text}, {uncached / curve[0].latency_ms:.2f}x. Allow longer intervals or cheaper cuts.")
+            ctx.warn(text)
+            found = curve[0]
+        schedule = planned(found, curve, spec, subject, latency)
+    else:
+        schedule = of_quality(spec, models, subject, curve, latency, ctx)
+    write_plots(errors, schedule, subject, uncached, ctx)
+    provenance = schedule.provenance.model_copy(update={"profile_sha256": hash_file(ctx.payload / profile.PROFILE_FILE)})
+    schedule = schedule.model_copy(update={"provenance": provenance})
+    return corrected(spec, models.own, schedule, ctx) if spec.correction == "dec" else schedule
+
+
+def profiled(spec: DpConfig, models: Models, subject: Subject, ctx: RunContext) -> np.ndarray:
+    """[B, n, W] error of every prediction at every lag; the measured profile is written beside the schedule."""
+    per_step = -(-subject.sampler.calls // subject.sampler.steps)
+    window = min(spec.max_interval * per_step, subject.sampler.calls)
+    loop = replace(models.own, prompts=_prompts(spec.data.prompts))
+    measured = profile.drift(
+        loop,
+        models.base.loaded.denoiser if models.quantized else None,
+        subject.cuts,
+        subject.sampler,
+        window=window,
+        lags=window - 1 if spec.drift == "output" else 1,
+        starts=batches_of(spec),
+        resume=ctx.resume,
+        progress=lambda done, total: ctx.events.progress("drift profile", done, total),
+    )
+    measured.write(ctx.payload / profile.PROFILE_FILE)
+    return profile.predicted_errors(measured)
+
+
+def batches_of(spec: DpConfig) -> list[tuple[int, int]]:
+    """(first sample, samples) of the profiled batches."""
+    total, batch = spec.data.samples, spec.data.batch
+    return [(PROFILE_START + first, min(batch, total - first)) for first in range(0, total, batch)]
+
+
+def weighed(spec: DpConfig, loop: Loop, subject: Subject, ctx: RunContext) -> np.ndarray:
+    """[n] weight of an error at each call."""
+    calls = subject.sampler.calls
+    if spec.sensitivity == "none" or calls < 2:
+        return np.ones(calls)
+    if spec.sensitivity == "analytic":
+        flow = getattr(loop.loaded.pipeline.scheduler, "alphas_cumprod", None) is None
+        return profile.analytic_weights(subject.sampler, flow=flow)
+    path = ctx.resume / "weights.json"
+    if not path.is_file():
+        found = profile.rollout_weights(
+            replace(loop, prompts=_prompts(spec.data.prompts)),
+            subject.cuts[0],
+            calls,
+            points=spec.rollouts,
+            start=PROFILE_START,
+            samples=min(spec.data.samples, spec.data.batch),
+            progress=lambda done, total: ctx.events.progress("sensitivity of steps", done, total),
+        )
+        write_json(path, found.tolist())
+    return np.asarray(json.loads(path.read_text(encoding="utf-8")))
+
+
+def of_quality(spec: DpConfig, models: Models, subject: Subject, curve: list[dp.Plan], latency: Latency, ctx: RunContext) -> Schedule:
+    """The fastest schedule of the curve that keeps the error or PSNR of the budget, measured on held-out samples.
+
+    Raises:
+        GateFailed: not even the slowest does.
+    """
+    check = spec.verify or CacheVerify()
+    truth = verify.sample(models.own, check.samples, check.batch)
+    reached: dict[int, str] = {}
+
+    def passes(index: int) -> bool:
+        schedule = planned(curve[index], curve, spec, subject, latency)
+        found = verify.sample(models.own, check.samples, check.batch, following(models.own, schedule))
+        error, psnr = verify.latent_error(found, truth), scores(found, truth)["psnr"]
+        reached[index] = f"{latency.full_ms * subject.sampler.calls / curve[index].latency_ms:.2f}x: error {error:.4f}, {psnr:.2f} dB"
+        ctx.events.log(f"budget: {reached[index]}")
+        if spec.budget.latent_error is not None:
+            return error <= spec.budget.latent_error
+        return float(psnr or 0) >= float(spec.budget.psnr or 0)
+
+    index = verify.bisected(len(curve), passes)
+    if index is None:
+        raise GateFailed(
+            f"cache.budget: no schedule keeps it; the slowest reaches {reached[len(curve) - 1]}. Allow more error or more cuts."
+        )
+    return planned(curve[index], curve, spec, subject, latency)
+
+
+def corrected(spec: DpConfig, loop: Loop, schedule: Schedule, ctx: RunContext) -> Schedule:
+    """The schedule with per-step scales and shifts of its reused tensors."""
+    reused = {action.call: (str(action.cut), int(action.source or 0)) for action in schedule.actions if action.action == "partial"}
+    tables = profile.corrections(
+        replace(loop, prompts=_prompts(spec.data.prompts)), reused, list(schedule.cuts), schedule.sampler.calls, batches_of(spec)
+    )
+    if not tables:
+        return schedule
+    path = ctx.payload / CORRECTIONS_FILE
+    write_tensors(path, tables)
+    return schedule.model_copy(update={"corrections": Corrections(file=path.name, sha256=hash_file(path), kind="dec")})
+
+
+# ---------------------------------------------------------------- held-out samples
+
+
+def verified(
+    schedule: Schedule, spec: CacheVerify, models: Models, latency: Latency, ctx: RunContext
+) -> tuple[Schedule, dict[str, float | None]]:
+    """The schedule with its measured figures, and the metrics of the manifest; warns where quantization and cache amplify each other."""
+    count, batch = spec.samples, spec.batch
+    truth = verify.sample(models.base, count, batch)
+    uncached = verify.sample(models.own, count, batch) if models.quantized else truth
+    cached = verify.sample(models.own, count, batch, following(models.own, schedule))
+    found = chosen_scores(spec, cached, truth)
+    metrics: dict[str, float | None] = {"speedup_loop": uncached.seconds / cached.seconds, **found}
+    metrics["latent_error_to_uncached"] = verify.latent_error(cached, uncached)
+    if models.quantized:
+        other = verify.sample(models.base, count, batch, following(models.base, schedule))
+        table = verify.Interaction(*(verify.latent_error(samples, truth) for samples in (other, uncached, cached)))
+        metrics |= table.metrics()
+        rows = "; ".join(f"{name} {plain:.4f}, cached {both:.4f}" for name, plain, both in verify.table_rows(table))
+        ctx.events.log(f"latent error against full precision: {rows}")
+        if table.excess > 0.1 * (table.cache + table.quantization):
+            alone = f"{table.cache:.4f} (cache) and {table.quantization:.4f} (quantization) alone"
+            ctx.warn(f"cache and quantization amplify each other: latent error {table.joint:.4f} together, {alone}")
+    share = latency.of(schedule) / (latency.full_ms * schedule.sampler.calls)
+    baseline: dict[str, float | None] = {}
+    if spec.baseline == "fewer-steps" and share < 1:
+        fewer = verify.fewer_steps(models.own, share)
+        other = verify.sample(fewer, count, batch)
+        baseline = {"steps": float(fewer.sampler.steps), **chosen_scores(spec, other, truth)}
+        metrics |= {f"fewer_steps_{name}": value for name, value in baseline.items()}
+        ctx.events.log(f"{fewer.sampler.steps} uncached steps take the same time: " + _shown(baseline) + "; cached: " + _shown(found))
+    figures = Figures(latency_ms=latency.of(schedule), speedup=1 / share, metrics=metrics, baseline=baseline)
+    return schedule.model_copy(update={"verified": figures}), metrics
+
+
+def scores(own: verify.Samples, truth: verify.Samples) -> dict[str, float | None]:
+    """PSNR, SSIM (None for images below its window) and latent error of one set of samples against another."""
+    paired = PairedMetrics()
+    paired.add(own.images, truth.images)
+    found = paired.metrics()
+    return {"psnr": found["psnr"], "ssim": found["ssim"], "latent_error": verify.latent_error(own, truth)}  # type: ignore[dict-item]
+
+
+def chosen_scores(spec: CacheVerify, own: verify.Samples, truth: verify.Samples) -> dict[str, float | None]:
+    """The scores that `verify.metrics` names."""
+    names = {"psnr": "psnr", "ssim": "ssim", "latent": "latent_error"}
+    found = scores(own, truth)
+    return {names[name]: found[names[name]] for name in spec.metrics}
+
+
+def _shown(values: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None and name != "steps")
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_plots(errors: np.ndarray, schedule: Schedule, subject: Subject, uncached_ms: float, ctx: RunContext) -> None:
+    """Similarity of every cut that the schedule uses, and the Pareto curve."""
+    for index, cut in enumerate(subject.cuts):
+        if cut in schedule.cuts:
+            (ctx.payload / f"similarity-{cut.id}.png").write_bytes(plots.heat_map(errors[index], schedule, cut.id))
+    (ctx.payload / "pareto.png").write_bytes(plots.pareto_chart(schedule, uncached_ms))
+
+
+def write_files(schedule: Schedule, latency: Latency, source: Artifact | None, ctx: RunContext) -> None:
+    """The schedule, its strip, the measured latencies, and the quantized state that it goes with."""
+    write_schedule(ctx.payload, schedule)
+    write_json(ctx.payload / "latency.json", asdict(latency))
+    (ctx.payload / "schedule.png").write_bytes(plots.strip(schedule))
+    if all(cut.kind == "block_residual" for cut in schedule.cuts):  # cache-dit has no form for U-Nets
+        write_json(ctx.payload / CACHE_DIT_FILE, emit.cache_dit(schedule))
+    if source is not None and (source.folder / STATE_FILE).is_file():
+        shutil.copyfile(source.folder / STATE_FILE, ctx.payload / STATE_FILE)
