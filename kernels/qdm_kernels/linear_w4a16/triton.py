@@ -136,7 +136,7 @@ def linear(x: Tensor, bias: Tensor | None, state: State, end: Epilogue, *, tile:
     group = 0 if groups == 1 else padded // groups
     tile = tile or weight_only_tile(m, n, padded, group, x.device)
     residual = None if end.residual is None else end.residual.contiguous()
-    kind = "plain" if not x.is_cuda else "bf16" if x.dtype == torch.bfloat16 else "fp16"
+    kind = "plain" if not isinstance(linear_kernel, triton.JITFunction) else "bf16" if x.dtype == torch.bfloat16 else "fp16"
     linear_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)](
         x, state.words, state.scale, state.zero_point, bias, residual, out, m, n, x.shape[1], padded // tile.bk, groups,
         BLOCKS_PER_GROUP=group // tile.bk, KIND=kind, EVEN_K=x.shape[1] % tile.bk == 0, HAS_BIAS=bias is not None,

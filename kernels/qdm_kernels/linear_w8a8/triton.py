@@ -214,9 +214,10 @@ def launch(
     shared["WIDE"] = max(x.numel(), out.numel(), state.weight.numel()) >= 1 << 31
     split = plan.splits > 1 or state.centre is not None
     work = torch.empty((plan.splits, m, f), dtype=torch.int32, device=x.device) if split else None
+    compiled = isinstance(linear_kernel, triton.JITFunction)  # the interpreter has no inline assembly
     linear_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), plan.splits)](
         x, state.weight, work, M=m, N=f, K=x.shape[1], BLOCKS=blocks, BLOCKS_PER_SPLIT=-(-blocks // plan.splits), **shared,
-        BITS=bits, ASM=x.is_cuda, EVEN_K=x.shape[1] % tile.bk == 0, SWAP=tile.swap, SPLIT=split, BM=tile.bm, BN=tile.bn, BK=tile.bk,
+        BITS=bits, ASM=compiled, EVEN_K=x.shape[1] % tile.bk == 0, SWAP=tile.swap, SPLIT=split, BM=tile.bm, BN=tile.bn, BK=tile.bk,
         GROUP_M=GROUP_M, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
     )  # fmt: skip
     if split:
@@ -234,9 +235,11 @@ def _arguments(
     tables = (x_scale, zero_point, end.out_scale, end.out_zero_point)
     indexed = sum(1 << i for i, t in enumerate(tables) if end.step is not None and t is not None and t.numel() > 1)
     names = "x_scale_ptr", "x_zero_ptr", "out_scale_ptr", "out_zero_ptr"
-    pointers = {name: None if t is None else t.contiguous() for name, t in zip(names, tables, strict=True)}
+    on = out.device  # a scale kept on the CPU would be an invalid address
+    pointers = {name: None if t is None else t.to(on).contiguous() for name, t in zip(names, tables, strict=True)}
     residual = None if end.residual is None else end.residual.contiguous()
-    pointers |= {"sums_ptr": state.sums, "step_ptr": end.step, "w_scale_ptr": w_scale, "bias_ptr": bias, "residual_ptr": residual}
+    step = None if end.step is None else end.step.to(on)
+    pointers |= {"sums_ptr": state.sums, "step_ptr": step, "w_scale_ptr": w_scale, "bias_ptr": bias, "residual_ptr": residual}
     flags = {"PER_ROW": end.step is None and x_scale is not None and x_scale.numel() > 1, "TABLES": indexed}
     flags |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": end.activation}
     return {**pointers, **flags, "out_ptr": out}

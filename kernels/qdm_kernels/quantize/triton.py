@@ -65,7 +65,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tens
     tables = (step is not None and scale.numel() > 1) + 2 * (step is not None and zero_point.numel() > 1)
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     quantize_kernel[(triton.cdiv(count, _BLOCK),)](
-        x, scale.float().contiguous(), zero_point.contiguous(), step, out, count,
+        x, scale.to(x.device, torch.float32).contiguous(), zero_point.to(x.device).contiguous(), step, out, count,
         TABLES=tables, LOW=low, HIGH=high, WIDE=count >= 1 << 31, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return out

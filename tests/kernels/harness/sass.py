@@ -109,7 +109,11 @@ def compile_for(
     }
     source = ASTSource(kernel, types, fixed, aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False, "maxnreg": max_registers}
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return read(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), capability, warps)
+
+
+def read(built: Any, capability: int, warps: int) -> Compiled:
+    """Machine code of what triton compiled."""
     sass, usage = _disassemble(built.asm["cubin"])
     return Compiled(capability, warps, sass, _usage(usage, "REG"), _usage(usage, "STACK"), built.metadata.shared)
 
