@@ -256,7 +256,7 @@ def scaled_copy(denoiser: nn.Module, state: QuantState, cfg: Any) -> nn.Module:
     """A copy of a denoiser as PEQA or TuneQDM train it, with one interval."""
     copied = copy.deepcopy(denoiser)
     start = start_scales(state, copied, keys=torch.zeros(1), input_scales=cfg.method == "tuneqdm")
-    tables = build_scaled_(copied, state, start)
+    tables, _ = build_scaled_(copied, state, start)
     for parameter in tables.parameters():
         parameter.requires_grad_(True)
     return copied

@@ -72,7 +72,7 @@ def adapt_scales(
     """
     floats = sum(p.numel() for p in denoiser.parameters())
     start = start_scales(state, denoiser, keys=plan.keys, input_scales=plan.input_scales, base=state_digest(state))
-    tables = build_scaled_(denoiser, state, start)
+    tables, _ = build_scaled_(denoiser, state, start)
     warn_unvisited(plan.keys, inputs.visited, ctx)
     if cfg.gradient_checkpointing:
         enable_checkpointing_(denoiser)
@@ -81,7 +81,8 @@ def adapt_scales(
     job = Adaptation(denoiser, scale_optimizer(tables, plan), inputs.data, inputs.schedule, prior, "finetune.lr")
     metrics = AdaptTrainer(job, cfg, ctx).train()
     trained = sum(p.numel() for p in job.parameters())
-    found = tables.scale_set(method=plan.method, model=ctx.recipe.model.id, updates=metrics["updates"])
+    about = {"method": plan.method, "model": ctx.recipe.model.id, "updates": metrics["updates"]}
+    found = replace(start, layers=tables.layers(), about=about)
     return replace(state, scales=found), metrics | {"trained_parameters": trained, "trained_share": trained / floats}
 
 

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from qdm_cli.engine.spec import Spec
 
+TABLES = "scale_tables"
+"""Name under which a denoiser holds its `ScaleRows`, so that they move and are saved with it."""
 PROBES = 32
 """Fixed (image, noise, timestep) triples that the loss is measured on: at batch 1 the training loss says little."""
 

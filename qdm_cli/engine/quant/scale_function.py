@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from qdm_cli.engine.quant.grid import PerChannel, PerGroup, broadcast
+from qdm_cli.engine.quant.modules import conv2d_channels_last
 from qdm_kernels.layout import pack_weight, padded_length, unpack_weight
 
 
@@ -31,6 +32,22 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     outputs, inputs, *kernel = shape
     rows = unpack_weight(packed, bits, (outputs, inputs * prod(kernel)))
     return rows.view(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous() if kernel else rows
+
+
+def along_channels(scale: Tensor, x: Tensor, *, conv: bool) -> Tensor:
+    """A scale [C], or [B, C] with one row per sample, shaped to broadcast against the channels of x [B, C, H, W] or [..., C].
+
+    Raises:
+        ValueError: the batch of x is no multiple of B.
+    """
+    tail = [1] * (2 if conv else 0)
+    if scale.ndim == 1:
+        return scale.reshape(-1, *tail)
+    repeats, rest = divmod(x.shape[0], scale.shape[0])
+    if rest:
+        raise ValueError(f"{scale.shape[0]} timesteps for a batch of {x.shape[0]}")
+    scale = scale.repeat_interleave(repeats, 0) if repeats > 1 else scale
+    return scale.reshape(scale.shape[0], *([1] * (x.ndim - 2 - len(tail))), scale.shape[1], *tail)
 
 
 @dataclass(frozen=True)
@@ -63,28 +80,15 @@ class CodedOperand:
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's product without scales or bias."""
-        return F.linear(x, weight) if self.conv is None else F.conv2d(x, weight, None, *self.conv)
+        return F.linear(x, weight) if self.conv is None else conv2d_channels_last(x, weight, None, *self.conv)
 
     def apply_transposed(self, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         """Gradient of `apply` by its input, of the shape of `like`."""
         return grad @ weight if self.conv is None else conv2d_input(list(like.shape), weight, grad, *self.conv)
 
     def along(self, scale: Tensor, x: Tensor) -> Tensor:
-        """A scale [C], or [B, C] with one row per sample, shaped to broadcast against the channels of x.
-
-        Raises:
-            ValueError: the batch of x is no multiple of B.
-        """
-        if scale.ndim == 2:
-            repeats, rest = divmod(x.shape[0], scale.shape[0])
-            if rest:
-                raise ValueError(f"{scale.shape[0]} timesteps for a batch of {x.shape[0]}")
-            scale = scale.repeat_interleave(repeats, 0) if repeats > 1 else scale
-        tail = [1] * (0 if self.conv is None else 2)
-        if scale.ndim == 1:
-            return scale.reshape(-1, *tail)
-        middle = [1] * (x.ndim - 2 - len(tail))
-        return scale.reshape(scale.shape[0], *middle, scale.shape[1], *tail)
+        """`along_channels` of this layer."""
+        return along_channels(scale, x, conv=self.conv is not None)
 
     def reduced(self, product: Tensor, scale: Tensor) -> Tensor:
         """Sum over everything that one entry of `scale` was broadcast to: inverse of `along`."""

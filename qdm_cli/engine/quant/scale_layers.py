@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from qdm_cli.engine.diffusion.step_context import StepContext
-from qdm_cli.engine.errors import InputError
-from qdm_cli.engine.quant.modules import QuantizedLayer
+from qdm_cli.engine.quant.attention import attach_attention_
+from qdm_cli.engine.quant.modules import CodedWeight, QuantizedLayer, build_layer
 from qdm_cli.engine.quant.scale_function import CodedOperand, pack_codes, scaled_product
+from qdm_cli.engine.quant.scale_rows import TABLES, ScaleRows, Widths
 from qdm_cli.engine.quant.scale_set import LayerScales, ScaleSet, codes_digest
 from qdm_cli.engine.quant.state import LayerState, QuantState
 from qdm_cli.engine.quant.state_apply import checked_layer, load_floats_, replace_, scales_of
@@ -27,14 +27,9 @@ def start_scales(state: QuantState, denoiser: nn.Module, *, keys: Tensor, input_
         keys: f64 [n], smallest timestep of each interval.
         input_scales: with s_in (TuneQDM) or without (PEQA).
         base: `state_digest(state)`; None = the scales will not be written.
-
-    Raises:
-        InputError: a layer has two weight ranges.
     """
     layers = {}
-    for name, layer in state.layers.items():
-        if layer.decision.split is not None:
-            raise InputError(f"{name} has two weight ranges, whose scales cannot be adapted. Calibrate without quantize.split_shortcuts.")
+    for name, layer in scalable(state).items():
         group = layer.decision.granularity == "group"
         out = torch.ones(layer.codes.shape[0]) if group else layer.weight_scale.float()
         begin = LayerScales(out[None], None)
@@ -54,80 +49,30 @@ def state_digest(state: QuantState) -> str:
     """Digest of a state's integer weights."""
     return codes_digest(
         (name, layer.decision.bits_w, pack_codes(layer.codes, layer.decision.bits_w), layer.weight_zero_point)
-        for name, layer in state.layers.items()
+        for name, layer in scalable(state).items()
     )
 
 
-TABLES = "scale_tables"
-"""Name under which a denoiser holds its `ScaleTables`, so that they move with it."""
+def scalable(state: QuantState) -> dict[str, LayerState]:
+    """Layers that a scale set covers: all but those on two concatenated inputs, whose halves have scales of their own."""
+    return {name: layer for name, layer in state.layers.items() if layer.decision.split is None}
 
 
-class ScaleTables(nn.Module):
-    """All scales of a denoiser as two flat tables, so that choosing an interval and updating take a few operations, not one per layer.
+class ScaleTables(ScaleRows):
+    """Scales that train: s = s_start * exp(delta).
 
-    s = s_start * exp(delta): a step of the optimizer is a relative change whatever the scale, and an untouched scale is returned to the
-    bit. Row = interval; after a per-sample timestep `current` gives one row per sample.
-
-    Args:
-        start: initial scales.
+    A step of the optimizer is a relative change whatever the scale, and an untouched scale is returned to the bit.
     """
 
-    def __init__(self, start: ScaleSet):
-        super().__init__()
-        self.start = start
-        self.step = StepContext(start.keys, "interval")
-        self.register_buffer("base_out", torch.cat([layer.out for layer in start.layers.values()], 1), persistent=False)
-        inputs = [layer.in_ for layer in start.layers.values() if layer.in_ is not None]
-        self.register_buffer("base_in", torch.cat(inputs, 1) if inputs else None, persistent=False)
-        self.delta_out = nn.Parameter(torch.zeros_like(cast(Tensor, self.base_out)), requires_grad=False)
-        self.delta_in = nn.Parameter(torch.zeros_like(cast(Tensor, self.base_in)), requires_grad=False) if inputs else None
-        self.slots: dict[str, tuple[slice, slice | None]] = {}
-        out = in_ = 0
-        for name, layer in start.layers.items():
-            width = 0 if layer.in_ is None else layer.in_.shape[1]
-            self.slots[name] = (slice(out, out + layer.out.shape[1]), slice(in_, in_ + width) if width else None)
-            out, in_ = out + layer.out.shape[1], in_ + width
-        self._now: tuple[Tensor, Tensor | None] | None = None
+    def __init__(self, widths: Widths, keys: Tensor, *, device: str | torch.device = "meta"):
+        super().__init__(widths, keys, device=device)
+        deep = self._buffers["scale_in"]
+        self.delta_out = nn.Parameter(torch.zeros_like(self.scale_out), requires_grad=False)
+        self.delta_in = None if deep is None else nn.Parameter(torch.zeros_like(deep), requires_grad=False)
 
     def tables(self) -> tuple[Tensor, Tensor | None]:
-        """s_out [n, sum of O] and s_in [n, sum of I] or None."""
-        out = cast(Tensor, self.base_out) * self.delta_out.exp()
-        return out, None if self.delta_in is None else cast(Tensor, self.base_in) * self.delta_in.exp()
-
-    def select(self) -> None:
-        """Read the rows of the current timestep, for all layers at once."""
-        out, in_ = self.tables()
-        self._now = self.step.pick(out), None if in_ is None else self.step.pick(in_)
-
-    def of(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """s_out [O] or [B, O] and s_in of a layer at the current timestep."""
-        if self._now is None:
-            self.select()
-        out, in_ = cast("tuple[Tensor, Tensor | None]", self._now)
-        mine, wide = self.slots[name]
-        return out[..., mine], None if in_ is None or wide is None else in_[..., wide]
-
-    def attach(self, denoiser: nn.Module) -> None:
-        """Choose the interval from the `timestep` of every call of `denoiser`."""
-        self.step.attach(denoiser)
-        denoiser.register_forward_pre_hook(self._before_forward)
-
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
-        self.select()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy reads its own rows: those of the last call belong to a graph, which cannot be copied."""
-        return {**self.__dict__, "_now": None}
-
-    def scale_set(self, **about: Any) -> ScaleSet:
-        """The scales as they are now, on the CPU."""
-        out, in_ = (None if table is None else table.detach().float().cpu() for table in self.tables())
-        assert out is not None
-        layers = {
-            name: LayerScales(out[:, mine].clone(), None if in_ is None or wide is None else in_[:, wide].clone())
-            for name, (mine, wide) in self.slots.items()
-        }
-        return replace(self.start, layers=layers, about={**self.start.about, **about})
+        deep = self._buffers["scale_in"]
+        return self.scale_out * self.delta_out.exp(), None if deep is None or self.delta_in is None else deep * self.delta_in.exp()
 
 
 class ScaledLayer(QuantizedLayer):
@@ -187,24 +132,33 @@ class ScaledLayer(QuantizedLayer):
         return weight * in_[wide].reshape(1, -1, *([1] * (weight.ndim - 2)))
 
 
-def build_scaled_(denoiser: nn.Module, state: QuantState, start: ScaleSet) -> ScaleTables:
+def build_scaled_(denoiser: nn.Module, state: QuantState, start: ScaleSet) -> tuple[ScaleTables, StepContext]:
     """Replace the layers of `state` by packed ones whose scales come from one table; step hooks are attached.
 
     Args:
         denoiser: changed in place: its float weights are gone afterwards, the tables are its submodule `scale_tables`.
-        start: scales of every layer of `state`, made for its integer weights.
+        start: scales made for the integer weights of `state`; layers that it lacks keep theirs.
+
+    Returns:
+        The tables, and the step of the activation scales.
 
     Raises:
         InputError: the state belongs to another model.
     """
-    tables, step = ScaleTables(start), StepContext(state.step_keys, state.row_mode)
+    tables: ScaleTables = ScaleTables.of_set(start)
+    step = StepContext(state.step_keys, state.row_mode)
     for name, layer in state.layers.items():
         original = checked_layer(denoiser, name, layer)
-        scaled = ScaledLayer(layer, original, tables, scales_of(layer), step)
-        replace_(denoiser, name, scaled.to(next(original.parameters()).device))
+        new: QuantizedLayer
+        if name in start.layers:
+            new = ScaledLayer(layer, original, tables, scales_of(layer), step)
+        else:
+            new = build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step)
+        replace_(denoiser, name, new.to(next(original.parameters()).device))
     load_floats_(denoiser, state.floats)
     tables.to(next(denoiser.parameters()).device)
     denoiser.add_module(TABLES, tables)
+    attach_attention_(denoiser, state, step)
     step.attach(denoiser)
     tables.attach(denoiser)
-    return tables
+    return tables, step

@@ -24,7 +24,7 @@ def apply_state_(denoiser: nn.Module, state: QuantState) -> StepContext:
         from qdm_cli.engine.quant.scale_layers import build_scaled_, state_digest
 
         check_base(state.scales, state_digest(state), type(denoiser).__name__)
-        return build_scaled_(denoiser, state, state.scales).step
+        return build_scaled_(denoiser, state, state.scales)[1]
     step = StepContext(state.step_keys, state.row_mode)
     for name, layer in state.layers.items():
         original = checked_layer(denoiser, name, layer)

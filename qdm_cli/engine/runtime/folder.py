@@ -18,13 +18,18 @@ from torch import Tensor, nn
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.attention import CHILD, products_of
 from qdm_cli.engine.quant.report import dequantized_weight
+from qdm_cli.engine.quant.scale_layers import state_digest
+from qdm_cli.engine.quant.scale_rows import TABLES, ScaleRows
+from qdm_cli.engine.quant.scale_set import check_base
 from qdm_cli.engine.quant.state import QuantState
 from qdm_cli.engine.quant.state_apply import checked_layer
 from qdm_cli.engine.runtime.modules import packed_from_state
+from qdm_cli.engine.runtime.scales import table_config
 from qdm_cli.engine.runtime.size import Table
 
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_SIZE = "10GB"
+F32_LEAVES = ("weight_scale", "act_scale", "scale_out", "scale_in")
 _LINK_FROM = 2**20  # smaller files are copied, so that editing one never changes the source
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=(-\d{5}-of-\d{5})?\.safetensors|\.json)")
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")
@@ -48,7 +53,7 @@ def packed_tensors(denoiser: nn.Module, state: QuantState) -> tuple[Tensors, dic
             raise InputError(f"The quantized state of '{name}' is broken: {error}") from error
         modules[name] = packed.spec.to_dict()
         tensors |= {f"{name}.{leaf}": value for leaf, value in packed.state_dict().items()}
-    config = {
+    config: dict[str, Any] = {
         "quant_method": "qdm",
         "schema": 1,
         "step_keys": state.step_keys.tolist(),
@@ -60,6 +65,11 @@ def packed_tensors(denoiser: nn.Module, state: QuantState) -> tuple[Tensors, dic
     for name, attention in state.attention.items():
         config["attention"][name] = {key: value for key, value in asdict(attention.decision).items() if key != "name"}
         tensors |= {f"{name}.{CHILD}.{leaf}": value for leaf, value in products_of(attention).state_dict().items()}
+    if state.scales is not None:
+        check_base(state.scales, state_digest(state), type(denoiser).__name__)
+        rows = ScaleRows.of_set(state.scales)
+        tensors |= {f"{TABLES}.{leaf}": value for leaf, value in rows.state_dict().items()}
+        config |= {"schema": 2, "scales": table_config(rows.widths, state.scales.keys)}
     return tensors, config
 
 
@@ -79,7 +89,13 @@ def float_tensors(denoiser: nn.Module, state: QuantState) -> Tensors:
 
 
 def dequantized_tensors(denoiser: nn.Module, state: QuantState, dtype: torch.dtype) -> Tensors:
-    """Every tensor of the stock model, quantization error baked into the weights, rounded to `dtype`."""
+    """Every tensor of the stock model, quantization error baked into the weights, rounded to `dtype`.
+
+    Raises:
+        InputError: scales per time-step interval, which one weight cannot hold.
+    """
+    if state.scales is not None:
+        raise InputError("export.target: dequantized holds one weight per layer and no scales of a personalisation; use qdm")
     tensors = float_tensors(denoiser, state)
     for name, layer in state.layers.items():
         checked_layer(denoiser, name, layer)
@@ -91,7 +107,7 @@ def dequantized_tensors(denoiser: nn.Module, state: QuantState, dtype: torch.dty
 
 def compact(name: str, value: Tensor) -> Tensor:
     """A float tensor in fp16 where that loses nothing (the round trip is exact), else as it is; scales always stay f32."""
-    if value.dtype != torch.float32 or name.rpartition(".")[2] in ("weight_scale", "act_scale"):
+    if value.dtype != torch.float32 or name.rpartition(".")[2] in F32_LEAVES:
         return value
     half = value.half()
     return half if torch.equal(half.float(), value) else value

@@ -10,23 +10,28 @@ from qdm_cli.engine.errors import EnvironmentProblem, InputError
 from qdm_cli.engine.runtime.registration import register, registration_status
 
 
-def open_pipeline(folder: str | Path, *, mode: str | None = None, **kwargs: Any) -> Any:
+def open_pipeline(folder: str | Path, *, mode: str | None = None, scales: str | Path | None = None, **kwargs: Any) -> Any:
     """`DiffusionPipeline.from_pretrained` of an exported folder, with errors that say what to do.
 
     Args:
         mode: auto = every layer on the arithmetic that is fastest here; exact = quantized arithmetic everywhere, the same bits on every
             machine; None = QDM_MODE, else auto.
+        scales: a personalisation to apply: a scale file, or the folder of `qdm finetune` that holds one; None = as exported.
 
     Raises:
-        InputError: no such folder, an artifact that is not exported yet, a lone component, corrupt files, or an unknown mode.
+        InputError: no such folder, an artifact that is not exported yet, a lone component, corrupt files, an unknown mode, or scales that
+            belong to another model.
         EnvironmentProblem: this diffusers does not take qdm's quantizer.
     """
     folder = check_export(folder)
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
+    from qdm_cli.engine.models.denoiser import find_denoiser
+    from qdm_cli.engine.quant.scale_set import read_scales
     from qdm_cli.engine.runtime.choice import default_mode
     from qdm_cli.engine.runtime.modules import PackedLayer
+    from qdm_cli.engine.runtime.scales import apply_scales_
     from qdm_cli.engine.runtime.tune import tune_
 
     register()
@@ -37,10 +42,13 @@ def open_pipeline(folder: str | Path, *, mode: str | None = None, **kwargs: Any)
         chosen = default_mode(mode)
     except ValueError as error:
         raise InputError(str(error)) from None
+    personal = None if scales is None else read_scales(scales)
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder, **kwargs)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {error}") from error
+    if personal is not None:
+        apply_scales_(find_denoiser(pipeline)[1], personal, str(scales))
     for part in pipeline.components.values():
         if any(isinstance(layer, PackedLayer) for layer in getattr(part, "modules", tuple)()):
             tune_(part, chosen)

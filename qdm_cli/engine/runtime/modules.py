@@ -411,8 +411,11 @@ def pack_denoiser_(denoiser: nn.Module, state: QuantState, mode: Mode = "exact")
     load_floats_(denoiser, state.floats)
     attach_attention_(denoiser, state, step)
     step.attach(denoiser)
-    from qdm_cli.engine.runtime.tune import tune_  # which knows packed layers itself
+    from qdm_cli.engine.runtime.scales import apply_scales_  # these two know packed layers themselves
+    from qdm_cli.engine.runtime.tune import tune_
 
+    if state.scales is not None:
+        apply_scales_(denoiser, state.scales)
     tune_(denoiser, mode)
     return step
 

@@ -16,14 +16,17 @@ from torch import nn
 
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.quant.attention import CHILD, AttentionProducts, attach_products_
+from qdm_cli.engine.quant.scale_rows import TABLES, ScaleRows
 from qdm_cli.engine.quant.state import AttentionDecision
 from qdm_cli.engine.quant.state_apply import replace_
 from qdm_cli.engine.runtime.choice import default_mode
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_cli.engine.runtime.modules import PackedLayer, packed_from_spec
+from qdm_cli.engine.runtime.scales import empty_rows, wrap_
 from qdm_cli.engine.runtime.tune import tune_
 
-CONFIG_SCHEMA = 1
+CONFIG_SCHEMA = 2
+"""2 = may have scales per time-step interval, without which the model would be another one."""
 
 
 class Method(str, Enum):
@@ -36,11 +39,12 @@ class QdmConfig(QuantizationConfigMixin):
     """`quantization_config` of an exported denoiser.
 
     Args:
-        schema: 1. ValueError for a newer one.
+        schema: 1 or 2. ValueError for a newer one.
         step_keys: timesteps of the rows of all per-step tables; None = one row.
         row_mode: how a timestep without a row is read, nearest or linear.
         modules: module path -> fields of `LayerSpec`.
         attention: module path -> fields of `AttentionDecision`, name aside, of attentions whose products are quantized (simulated).
+        scales: intervals and layers of a personalisation, `runtime.scales.table_config`; None = none.
         ignored: keys of later versions.
     """
 
@@ -51,6 +55,7 @@ class QdmConfig(QuantizationConfigMixin):
         row_mode: str = "nearest",
         modules: dict[str, dict[str, Any]] | None = None,
         attention: dict[str, dict[str, Any]] | None = None,
+        scales: dict[str, Any] | None = None,
         **ignored: Any,
     ):
         if schema > CONFIG_SCHEMA:
@@ -61,6 +66,7 @@ class QdmConfig(QuantizationConfigMixin):
         self.row_mode = row_mode
         self.modules = modules or {}
         self.attention = attention or {}
+        self.scales = scales
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -87,6 +93,8 @@ class QdmQuantizer(DiffusersQuantizer):
         for name, fields in self.quantization_config.attention.items():
             rows = len(self.quantization_config.step_keys) if fields["timestep_aware"] else 1
             attach_products_(model.get_submodule(name), AttentionProducts(AttentionDecision(name, **fields), rows, device="meta"))
+        if self.quantization_config.scales is not None:
+            model.add_module(TABLES, empty_rows(self.quantization_config.scales))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -98,6 +106,8 @@ class QdmQuantizer(DiffusersQuantizer):
                 raise ValueError(f"the weights of this folder hold no {name}.{missing[0]}, which its config.json promises")
             layer.step = step
         step.attach(model)
+        if self.quantization_config.scales is not None:
+            wrap_(model, model.get_submodule(TABLES))  # type: ignore[arg-type]
         tune_(model, default_mode())
         return model
 
@@ -105,7 +115,7 @@ class QdmQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         """True for every tensor of ours: diffusers would cast scales to the requested float type, where small ones vanish."""
-        return isinstance(_owner(model, param_name), PackedLayer | AttentionProducts)
+        return isinstance(_owner(model, param_name), PackedLayer | AttentionProducts | ScaleRows)
 
     def check_quantized_param_shape(self, param_name: str, current: torch.Tensor, loaded: torch.Tensor) -> bool:
         raise ValueError(f"{param_name} has shape {tuple(loaded.shape)}, config.json says {tuple(current.shape)}")

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from qdm_cli.engine.quant.scale_config import TABLES
 from qdm_cli.engine.runtime.layer import PARTS as HALVES
 from qdm_cli.engine.runtime.layer import LayerSpec, Shape
 
@@ -59,6 +60,9 @@ def bytes_by_part(table: Table, decisions: Iterable[LayerDecision]) -> dict[str,
     parts = dict.fromkeys(PARTS, 0)
     for name, entry in table.items():
         module, leaf = owner_of(name, quantized)
+        if module == TABLES:
+            parts["scales"] += nbytes(entry)
+            continue
         parts[_part(leaf) if module in quantized else "skipped_layers" if module in skipped else "other_parameters"] += nbytes(entry)
     parts["header"] = header_bytes(table)
     return parts

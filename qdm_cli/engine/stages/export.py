@@ -20,6 +20,7 @@ from qdm_cli.engine.models.load import quiet
 from qdm_cli.engine.models.source import resolve_source
 from qdm_cli.engine.quant.attention import CHILD
 from qdm_cli.engine.quant.report import layer_rows
+from qdm_cli.engine.quant.scale_rows import TABLES
 from qdm_cli.engine.quant.state import LayerDecision, QuantState, read_state
 from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime import folder as writer
@@ -140,7 +141,7 @@ def _write_denoiser(target: str, loaded: LoadedPipeline, state: QuantState, fold
     dtype = next(loaded.denoiser.parameters()).dtype
     if target == "qdm":
         tensors, config = writer.packed_tensors(loaded.denoiser, state)
-        packed = (*(f"{name}." for name in state.layers), *(f"{name}.{CHILD}." for name in state.attention))
+        packed = (*(f"{name}." for name in state.layers), *(f"{name}.{CHILD}." for name in state.attention), f"{TABLES}.")
         expected = {k: v.to(dtype) if v.is_floating_point() and not k.startswith(packed) else v for k, v in tensors.items()}
         stored = {name: writer.compact(name, value) for name, value in tensors.items()}
     else:

@@ -30,7 +30,7 @@ def weights_only(make_state: Any, tiny_unet: Any) -> Any:
 def scaled(unet: Any, state: Any, k: int = 2, input_scales: bool = True) -> tuple[Any, ScaleTables]:
     denoiser = copy.deepcopy(unet)
     start = start_scales(state, denoiser, keys=uniform_keys(k, END), input_scales=input_scales, base=state_digest(state))
-    return denoiser, build_scaled_(denoiser, state, start)
+    return denoiser, build_scaled_(denoiser, state, start)[0]
 
 
 def call(denoiser: Any, x: torch.Tensor, t: Any) -> torch.Tensor:

@@ -112,7 +112,7 @@ def edit_config(exported: Path, **changes) -> None:
 def test_keys_of_later_versions_are_ignored_and_a_newer_schema_is_not(exported: Path, x: torch.Tensor) -> None:
     edit_config(exported, invented_later={"a": 1})
     assert UNet2DModel.from_pretrained(exported / "unet")(x, 0).sample.shape == x.shape
-    edit_config(exported, schema=2)
+    edit_config(exported, schema=3)
     with pytest.raises(InputError, match="newer qdm"):
         qdm_cli.load(exported)
 
