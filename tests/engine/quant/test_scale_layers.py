@@ -15,13 +15,8 @@ from qdm_cli.engine.diffusion.intervals import uniform_keys
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.row_adam import RowAdam
 from qdm_cli.engine.quant.scale_layers import ScaleTables, build_scaled_, start_scales, state_digest
-<<<<<<< HEAD
-from qdm_cli.engine.quant.scale_set import check_base, read_scales, write_scales
-from qdm_cli.engine.quant.state import QuantState, read_state, write_state
-=======
 from qdm_cli.engine.quant.scale_set import ScaleSet, check_base, read_scales, write_scales
-from qdm_cli.engine.quant.state import read_state, write_state
->>>>>>> 6faf26f (tests: scale tables)
+from qdm_cli.engine.quant.state import QuantState, read_state, write_state
 from qdm_cli.engine.quant.state_apply import apply_state_
 
 END = 1000.0
@@ -160,15 +155,10 @@ def test_grouped_scales_start_from_one(make_state: Any, tiny_unet: Any) -> None:
     denoiser, tables = scaled(tiny_unet, state, k=1)
     wanted, found = call(base, noise(), torch.tensor(300)), call(denoiser, noise(), torch.tensor(300))
     assert float((found - wanted).norm() / wanted.norm()) < 2e-6
-<<<<<<< HEAD
-    assert torch.equal(next(iter(tables.start.layers.values())).out, torch.ones_like(next(iter(tables.start.layers.values())).out))
+    assert all(torch.equal(layer.out, torch.ones_like(layer.out)) for layer in tables.layers().values())
 
 
-def test_split_layers_are_refused(make_layer_state) -> None:
+def test_split_layers_keep_their_own_scales(make_layer_state) -> None:
     linear = nn.Linear(8, 4)
     state = QuantState({"0": make_layer_state(linear, name="0", split=4)})
-    with pytest.raises(InputError, match="split_shortcuts"):
-        start_scales(state, nn.Sequential(linear), keys=torch.zeros(1), input_scales=True)
-=======
-    assert all(torch.equal(layer.out, torch.ones_like(layer.out)) for layer in tables.layers().values())
->>>>>>> 6faf26f (tests: scale tables)
+    assert not start_scales(state, nn.Sequential(linear), keys=torch.zeros(1), input_scales=True).layers
