@@ -19,7 +19,8 @@ from qdm_kernels.geometry import Conv2dGeometry
 
 BACKENDS = ("triton", "cpu", "reference")
 STRATEGIES = ("onednn", "fp32")
-OPS = ("quantize", "linear_w8a8", "linear_w4a8", "linear_w4a16", "conv2d_w8a8", "conv2d_w4a8")
+PRODUCERS = ("quantize", "layer_norm_quantize", "group_norm_quantize", "gelu_quantize")  # floats in, codes out
+OPS = (*PRODUCERS, "linear_w8a8", "linear_w4a8", "linear_w4a16", "conv2d_w8a8", "conv2d_w4a8")
 LEAST_CAPABILITY = (8, 0)  # int8 tensor cores with 32 inputs at a time; triton compiles no int8 product below
 
 
@@ -80,7 +81,7 @@ def why_not(name: str, op: str, *, device: str | torch.device = "cpu", weight_ra
         return _why_not_triton(op, torch.device(device))
     if torch.device(device).type != "cpu":
         return f"runs on the cpu, the tensors are on {device}"
-    if op == "quantize":
+    if op in PRODUCERS:
         return None
     if name == "onednn":
         return _why_not_onednn(probe().int8(op), *weight_range)

@@ -62,3 +62,31 @@ def store(
         inverse = tl.div_rn(1.0, pick(out_scale_ptr, step_ptr, SCALE_TABLE))
         y = to_codes(y, inverse, pick(out_zero_ptr, step_ptr, ZERO_TABLE), -128, 127)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gain_of(gain_ptr, step_ptr, channels, ok, COUNT, GAIN_TABLE: tl.constexpr):
+    """Factor of every channel, or of every channel and step: gain [COUNT] or [S, COUNT] float32 -> one row's entries."""
+    row = tl.load(step_ptr) * COUNT if GAIN_TABLE else 0
+    return tl.load(gain_ptr + row + channels, mask=ok, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    v, out_ptr, row_scale_ptr, scale_ptr, zero_ptr, step_ptr, rows, row_ok, at, mask,
+    TABLES: tl.constexpr, DYNAMIC: tl.constexpr, SMALLEST: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    """Codes of whole rows, float32 [R, K]: of one scale and zero point, or, DYNAMIC, of max|row| / HIGH, which is stored too.
+
+    A row that holds NaN gets the scale NaN, so that its products show it. TABLES: which of scale 1, zero point 2 are indexed by the step.
+    """
+    if DYNAMIC:
+        v = tl.where(mask, v, 0.0)
+        top = tl.where(tl.max((v != v).to(tl.int32), axis=1) != 0, float("nan"), tl.max(tl.abs(v), axis=1))
+        scale = tl.where(top <= SMALLEST, 1.0, tl.div_rn(top, tl.full(top.shape, HIGH, tl.float32)))
+        tl.store(row_scale_ptr + rows, scale, mask=row_ok)
+        codes = to_codes(v, tl.div_rn(tl.full(top.shape, 1.0, tl.float32), scale)[:, None], tl.full((), 0, tl.int32), LOW, HIGH)
+    else:
+        inverse = tl.div_rn(1.0, pick(scale_ptr, step_ptr, TABLES & 1))
+        codes = to_codes(v, inverse, pick(zero_ptr, step_ptr, TABLES & 2), LOW, HIGH)
+    tl.store(out_ptr + at, codes, mask=mask)

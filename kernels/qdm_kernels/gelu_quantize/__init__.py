@@ -1,0 +1,1 @@
+"""GELU, or the gated GELU of GEGLU, and quantization in one pass."""

@@ -1,0 +1,1 @@
+"""GroupNorm, SiLU and quantization, channels last."""

@@ -1,0 +1,1 @@
+"""LayerNorm, the modulation of adaptive norms, and quantization in one pass."""

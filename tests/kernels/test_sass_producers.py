@@ -1,0 +1,48 @@
+"""Machine code of the producers: no spill, wide accesses, bytes written in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="pip install 'qdm[dev]' brings triton on Linux")
+
+from sass import CAPABILITIES, compile_for
+
+from qdm_kernels.gelu_quantize.triton import gelu_kernel
+from qdm_kernels.group_norm_quantize.triton import apply_kernel, moments_kernel
+from qdm_kernels.layer_norm_quantize.triton import layer_norm_kernel
+
+SCALES = {"scale_ptr": "*fp32", "zero_ptr": "*i32", "step_ptr": "*i32", "out_ptr": "*i8", "x_ptr": "*bf16", "gain_ptr": "*fp32"}
+CODES = {"TABLES": 3, "LOW": -128, "HIGH": 127, "HAS_GAIN": True, "GAIN_TABLE": True}
+ROWS = {"ROWS": "i32", "K": "i32"}
+AFFINE = {"weight_ptr": "*bf16", "bias_ptr": "*bf16"}
+MODULATION = {"m_ptr": "*bf16", "shift_ptr": "*bf16", "ROWS_PER_SAMPLE": "i32", "EPS": "fp32"}
+IMAGE = {"mean_ptr": "*fp32", "m2_ptr": "*fp32", "PIXELS": "i32", "C": "i32", "GROUPS": "i32", "SEGMENT": "i32", "SEGMENTS": "i32"}
+NORM = {"HAS_WEIGHT": True, "HAS_BIAS": True, "MODULATED": True, "SMALLEST": 1e-30} | CODES
+GELU = {"GATED": True, "ACTIVATION": "gelu", "SMALLEST": 1e-30} | CODES
+APPLY = {"HAS_WEIGHT": True, "HAS_BIAS": True, "ACTIVATION": "silu", "BS": 16, "BG": 32, "BP": 32, "BC": 128, "WIDTH": 10} | CODES
+
+CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
+    "layer norm 1152": (layer_norm_kernel, ROWS | AFFINE | MODULATION, NORM | {"DYNAMIC": False, "R": 1, "BLOCK": 2048}, 4),
+    "layer norm 16384": (
+        layer_norm_kernel, ROWS | AFFINE | MODULATION | {"row_scale_ptr": "*fp32"}, NORM | {"DYNAMIC": True, "R": 1, "BLOCK": 16384}, 16,
+    ),
+    "geglu static": (gelu_kernel, ROWS, GELU | {"DYNAMIC": False, "R": 2, "BLOCK": 1024}, 4),
+    "geglu 16384": (gelu_kernel, ROWS | {"row_scale_ptr": "*fp32"}, GELU | {"DYNAMIC": True, "R": 1, "BLOCK": 16384}, 16),
+    "group moments": (moments_kernel, IMAGE, {"WIDTH": 10, "BP": 128, "BC": 16}, 4),
+    "group norm": (apply_kernel, IMAGE | AFFINE | {"EPS": "fp32"}, APPLY, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", CASES)
+def test_producers(name: str, capability: int) -> None:
+    kernel, types, fixed, warps = CASES[name]
+    types = {k: v for k, v in (SCALES | types).items() if k in kernel.arg_names}
+    code = compile_for(kernel, capability, types, fixed, warps=warps, odd=("ROWS", "ROWS_PER_SAMPLE", "GROUPS", "SEGMENTS", "PIXELS"))
+    code.check(dot=None, copies=False, registers=255 if warps == 4 else 128)
+    if "out_ptr" in types:
+        assert code.count(r"\bSTG\.E\.128\b") > 0
+        assert code.count(r"\bSTG\.E\.U8\b") == 0
