@@ -100,15 +100,18 @@ def _calls(models: dict[str, nn.Module], call: dict[str, Any], settings: Setting
     """Timed calls, the float baseline also in bf16 where that is native, and the relative error of the packed one."""
     call = {key: value.to(settings.device) if isinstance(value, torch.Tensor) else value for key, value in call.items()}
     want, got = (models[name](**call, return_dict=False)[0].float() for name in ("float", "auto"))
-    calls: dict[str, Callable[[int], Any]] = {name: (lambda i, m=model: m(**call)) for name, model in models.items()}
+    calls = {name: _caller(model, call) for name, model in models.items()}
     if settings.compiled:
-        calls |= {f"{name}_compiled": (lambda i, m=torch.compile(model): m(**call)) for name, model in models.items()}
+        calls |= {f"{name}_compiled": _caller(torch.compile(model), call) for name, model in models.items()}
     if settings.float_dtype == torch.bfloat16:
         half = copy.deepcopy(models["float"]).bfloat16()
         short = {key: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value for key, value in call.items()}
-        calls["bf16"] = lambda i: half(**short)
-        calls["auto_bf16"] = lambda i: models["auto"](**short)
+        calls |= {"bf16": _caller(half, short), "auto_bf16": _caller(models["auto"], short)}
     return calls, float((got - want).norm() / want.norm())
+
+
+def _caller(model: Callable[..., Any], call: dict[str, Any]) -> Callable[[int], Any]:
+    return lambda i: model(**call)
 
 
 def count_layers(denoiser: nn.Module) -> dict[str, Any]:
