@@ -28,6 +28,7 @@ def bench(
     only_denoisers: Annotated[bool, typer.Option("--only-denoisers", help="Whole denoisers alone.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile of baseline and layer too (minutes of warm-up).")] = False,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time rivals that are installed in the same run.")] = True,
+    profile: Annotated[bool, typer.Option("--profile", help="Also list the operators of each denoiser by their time.")] = False,
     full: Annotated[bool, typer.Option("--full", help="On a CPU: the model's own number of rows, however long it takes.")] = False,
     rounds: Annotated[int | None, typer.Option("--rounds", metavar="N", min=1, help="Timed calls of each candidate.")] = None,
     threads: Annotated[
@@ -56,6 +57,7 @@ def bench(
         layers=not only_denoisers,
         compiled=compiled,
         peers=peers,
+        profile=profile,
         rounds=rounds,
         full=full,
         device=device,

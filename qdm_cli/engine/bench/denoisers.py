@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
@@ -11,6 +14,7 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.bench.layers import Settings, clock_key
+from qdm_cli.engine.bench.profile import operator_times
 from qdm_cli.engine.bench.timing import time_calls
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models.published import CONFIGS, build_published
@@ -53,6 +57,17 @@ def seeded_inputs(denoiser: nn.Module, batch: int, side: int) -> dict[str, Any]:
         return example_inputs(denoiser, CallShape(batch, batch, (side, side)), "cpu")
 
 
+@contextmanager
+def every_core() -> Iterator[None]:
+    """Prepare on all cores of the process, whatever number of threads is measured."""
+    measured = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(measured)
+
+
 def memory_problem(name: str, device: str) -> str | None:
     """Why the denoiser does not fit here; None = it does."""
     entry = CONFIGS[name]
@@ -82,17 +97,21 @@ def measure_denoiser(name: str, bits: int, settings: Settings, *, batch: int = 2
     }
     if problem := memory_problem(name, settings.device):
         return row | {"gate": "skipped", "why": problem}
-    denoiser = build_published(name).eval().requires_grad_(False)
-    call = seeded_inputs(denoiser, batch, CONFIGS[name].side)
-    packed = copy.deepcopy(denoiser)
-    pack_denoiser_(packed, quantized_state(denoiser, call, bits), mode="auto")
-    models = {"float": denoiser.to(settings.device, memory_format=torch.channels_last), "auto": packed.to(settings.device)}
-    calls, error = _calls(models, call, settings)
+    with every_core():
+        denoiser = build_published(name).eval().requires_grad_(False)
+        call = seeded_inputs(denoiser, batch, CONFIGS[name].side)
+        packed = copy.deepcopy(denoiser)
+        pack_denoiser_(packed, quantized_state(denoiser, call, bits), mode="auto")
+        models = {"float": denoiser.to(settings.device, memory_format=torch.channels_last), "auto": packed.to(settings.device)}
+        calls, error = _calls(models, call, settings)
     row |= {"gate": "passed" if error < 0.5 else "failed", "relative_error": error, "layers": count_layers(packed)}
     if row["gate"] == "failed":
         return row
     times = time_calls(calls, buffers=1, device=settings.device, rounds=settings.rounds, warm_up=1)
     base = times["float"][clock_key(settings.device)]
+    if settings.profile:
+        ours = [name for name in calls if name.startswith("auto")]
+        row["profile"] = {name: operator_times(partial(calls[name], 0), device=settings.device) for name in ours}
     return row | {"times": times, "ratios": {key: base / one[clock_key(settings.device)] for key, one in times.items() if key != "float"}}
 
 

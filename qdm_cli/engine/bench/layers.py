@@ -34,6 +34,7 @@ class Settings:
         rounds: timed calls per candidate.
         compiled: also time the baseline and the layer under torch.compile.
         peers: also time rivals that are installed.
+        profile: of denoisers, also list operators by their time.
     """
 
     device: str
@@ -41,6 +42,7 @@ class Settings:
     rounds: int = 20
     compiled: bool = False
     peers: bool = True
+    profile: bool = False
 
 
 @dataclass

@@ -29,6 +29,7 @@ class BenchPlan:
         bits: weight bits, one row each.
         denoisers: also whole denoisers of the named models.
         rounds: None = 20 on a CPU, 100 on a GPU; for denoisers 3 and 30.
+        profile: also list the operators of each denoiser by their time.
         full: layers at the model's own rows on a CPU too.
     """
 
@@ -38,6 +39,7 @@ class BenchPlan:
     layers: bool = True
     compiled: bool = False
     peers: bool = True
+    profile: bool = False
     rounds: int | None = None
     full: bool = False
     device: str = "cpu"
@@ -79,7 +81,10 @@ def _rows(plan: BenchPlan, shapes: tuple[LayerShape, ...], roof: Any) -> Iterato
             for bits in plan.bits:
                 yield measure(shape, bits, settings, roof)
     if plan.denoisers:
-        whole = Settings(plan.device, settings.float_dtype, plan.rounds or (30 if gpu else 3), plan.compiled, False)
+        rounds = plan.rounds or (30 if gpu else 3)
+        whole = Settings(plan.device, settings.float_dtype, rounds, plan.compiled, peers=False, profile=plan.profile)
+            plan.device, settings.float_dtype, plan.rounds or (30 if gpu else 3), plan.compiled, peers=False, profile=plan.profile
+        )
         for name in dict.fromkeys(shape.model for shape in shapes if shape.model in MODELS):
             for bits in plan.bits:
                 yield measure_denoiser(name, bits, whole)
