@@ -83,8 +83,6 @@ def _rows(plan: BenchPlan, shapes: tuple[LayerShape, ...], roof: Any) -> Iterato
     if plan.denoisers:
         rounds = plan.rounds or (30 if gpu else 3)
         whole = Settings(plan.device, settings.float_dtype, rounds, plan.compiled, peers=False, profile=plan.profile)
-            plan.device, settings.float_dtype, plan.rounds or (30 if gpu else 3), plan.compiled, peers=False, profile=plan.profile
-        )
         for name in dict.fromkeys(shape.model for shape in shapes if shape.model in MODELS):
             for bits in plan.bits:
                 yield measure_denoiser(name, bits, whole)
