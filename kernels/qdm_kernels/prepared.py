@@ -20,9 +20,10 @@ def integer_op(fn: Callable[P, R]) -> Callable[P, R]:
     @wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch.no_grad():
-            if not torch.is_autocast_enabled("cpu"):
+            on = next((kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)), None)
+            if on is None:
                 return fn(*args, **kwargs)
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(on, enabled=False):
                 return fn(*args, **kwargs)
 
     return wrapper

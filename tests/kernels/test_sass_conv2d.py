@@ -22,7 +22,7 @@ SIZES = dict.fromkeys(("M", "N", "C", "H", "W", "OH", "OW", "BLOCKS", "BLOCKS_PE
 ODD = ("M", "H", "W", "OH", "OW", "BLOCKS", "BLOCKS_PER_SPLIT")
 GEOMETRY = {"KH": 3, "KW": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1}
 FULL: dict[str, Any] = {
-    "WIDE": False, "HAS_ZERO": True, "PER_IMAGE": False, "TABLES": 3, "HAS_BIAS": True, "HAS_RESIDUAL": True, "RANK": 0,
+    "WIDE": False, "PER_IMAGE": False, "TABLES": 3, "HAS_BIAS": True, "HAS_RESIDUAL": True,
     "ACTIVATION": "none", "ASM": True, "EVEN_C": True, "SPLIT": False, "GROUP_M": GROUP_M,
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stride 2": {"SH": 2, "SW": 2},
     "partial block": {"EVEN_C": False},
     "past 2^31": {"WIDE": True},
-    "low rank": {"RANK": 32, "down_ptr": "*bf16", "up_ptr": "*bf16"},
 }
 FEW = {(128, 128, 64), (64, 64, 64)}  # (bm, bn, bk) of the tiles on which the other variants are compiled
 
@@ -75,7 +74,7 @@ def test_plain_unpacking_would_permute_bytes() -> None:
 def test_the_second_kernel_does_not_spill(centre: bool, capability: int) -> None:
     types = {**POINTERS, **dict.fromkeys(("M", "N", "SUMS_N", "H", "W", "OH", "OW", "SPLITS"), "i32"), "centre_ptr": "*i32"}
     types.pop("x_ptr")
-    keep = ("WIDE", "HAS_ZERO", "PER_IMAGE", "TABLES", "HAS_BIAS", "HAS_RESIDUAL", "RANK", "ACTIVATION")
+    keep = ("WIDE", "PER_IMAGE", "TABLES", "HAS_BIAS", "HAS_RESIDUAL", "ACTIVATION")
     fixed = GEOMETRY | {k: FULL[k] for k in keep} | {"CENTRE": centre, "BM": 32, "BN": 64}
     odd = ("M", "H", "W", "OH", "OW", "SPLITS", *(("SUMS_N",) if centre else ()))
     compile_for(finish_kernel, capability, types, fixed, warps=4, odd=odd).check(dot=None, copies=False, registers=128)

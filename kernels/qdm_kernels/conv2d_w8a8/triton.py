@@ -4,10 +4,8 @@ M = B * H' * W' output pixels, N = filters, K = taps x input channels. The loop 
 0; the epilogue corrects for the zero point with the weight sum of the taps that were valid, a table over intervals of rows and columns.
 """
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qdm_kernels.conv2d_w8a8.tiles import GROUP_M, Tile, choose_splits, choose_tile
+from qdm_kernels.conv2d_w8a8.tiles import GROUP_M, choose_conv_plan
 from qdm_kernels.epilogue.reference import Epilogue
-from qdm_kernels.epilogue.triton import low_rank, pick, store
+from qdm_kernels.epilogue.triton import pick, store
 from qdm_kernels.exact import subtract_zero_point, value_range
+from qdm_kernels.gemm.tiles import Plan, aligned
+from qdm_kernels.gemm.triton import COMPILED, plane_offsets, tile_of, unpack_high, unpack_low
+from qdm_kernels.gemm.triton import launch as run
 from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.layout import pack_int4, padded_length
+from qdm_kernels.linear_w8a8.triton import SCALARS, finishing
 
 
 @triton.jit
@@ -46,51 +48,21 @@ def _border_row(
 
 
 @triton.jit
-def _unpack_low(packed, ASM: tl.constexpr):
-    """16 * low nibble, signed."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
-        )
-    return (packed << 4).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def _unpack_high(packed, ASM: tl.constexpr):
-    """16 * high nibble, signed."""
-    if ASM:
-        return tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4)
-    return (packed & 0xF0).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def _tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile coordinates of this program; GROUP_M row tiles share a column of weights while it is in L2."""
-    pid = tl.program_id(0)
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = pid // (GROUP_M * tiles_n) * GROUP_M
-    rows = tl.minimum(tiles_m - first, GROUP_M)
-    inside = pid % (GROUP_M * tiles_n)
-    return first + inside % rows, inside // rows
-
-
-@triton.jit
 def _finish(
-    acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr, residual_ptr,
+    acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
     out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, SUMS_N,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, HAS_ZERO: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Raw int32 sums [BM, BN] -> corrected for the zero point, scaled, finished and stored. An int32 output takes the corrected sums."""
     m_ok, n_ok = offs_m < M, offs_n < N
     mask = m_ok[:, None] & n_ok[None, :]
     at = (offs_m.to(tl.int64) if WIDE else offs_m)[:, None] * N + offs_n[None, :]
-    if HAS_ZERO:
-        x_zero = pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32)
-        if x_zero != 0:
-            row = _border_row(offs_m, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW)
-            acc -= x_zero * tl.load(sums_ptr + row[:, None] * SUMS_N + offs_n[None, :], mask=mask, other=0)
+    x_zero = pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32)
+    if x_zero != 0:
+        row = _border_row(offs_m, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW)
+        acc -= x_zero * tl.load(sums_ptr + row[:, None] * SUMS_N + offs_n[None, :], mask=mask, other=0)
     if out_ptr.dtype.element_ty == tl.int32:
         tl.store(out_ptr + at, acc, mask=mask)
     else:
@@ -99,8 +71,6 @@ def _finish(
             y = acc.to(tl.float32) * (tl.load(x_scale_ptr + offs_m // (OH * OW), mask=m_ok, other=0.0)[:, None] * w_scale[None, :])
         else:
             y = acc.to(tl.float32) * (pick(x_scale_ptr, step_ptr, TABLES & 1) * w_scale)[None, :]
-        if RANK > 0:
-            y += low_rank(down_ptr, up_ptr, offs_m, offs_n, m_ok, n_ok, RANK)
         if HAS_BIAS:
             y += tl.load(bias_ptr + offs_n, mask=n_ok, other=0.0)[None, :]
         store(
@@ -109,13 +79,13 @@ def _finish(
 
 
 # TABLES: which of x_scale 1, x_zero_point 2, out_scale 4, out_zero_point 8 are indexed by the step.
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "BLOCKS", "BLOCKS_PER_SPLIT"], do_not_specialize_on_alignment=SCALARS)
 def conv2d_kernel(
-    x_ptr, w_ptr, work_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr, residual_ptr,
+    x_ptr, w_ptr, work_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
     out_scale_ptr, out_zero_ptr, out_ptr, M, N, C, H, W, OH, OW, BLOCKS, BLOCKS_PER_SPLIT,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, HAS_ZERO: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BITS: tl.constexpr, ASM: tl.constexpr, EVEN_C: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +93,7 @@ def conv2d_kernel(
 
     x [B, H, W, C] int8; w [N, KH, KW, BLOCKS * BK] int8, or half as many bytes in two K-planes; work [splits, M, N] int32; out [M, N].
     """
-    tile_m, tile_n = _tile(M, N, BM, BN, GROUP_M)
+    tile_m, tile_n = tile_of(M, N, BM, BN, GROUP_M)
     offs_m = tile_m * BM + tl.arange(0, BM)
     offs_n = tile_n * BN + tl.arange(0, BN)
     m_ok, n_ok = offs_m < M, offs_n < N
@@ -135,10 +105,9 @@ def conv2d_kernel(
 
     # Four bits: 32 low nibbles, then the 32 high ones of the same bytes, per 64 channels (README: Packing layout).
     width: tl.constexpr = BK if BITS == 8 else BK // 2
-    j = tl.arange(0, width)
-    offs_c = j if BITS == 8 else (j // 32) * 64 + j % 32
+    offs_c = plane_offsets(width, BITS)
     # [BN, BK] transposed after the load: read as [BK, BN] it costs 300 byte permutes and 60 registers on sm_80
-    w_tile = w_ptr + (offs_n.to(tl.int64) if WIDE else offs_n)[:, None] * (KH * KW * BLOCKS * width) + j[None, :]
+    w_tile = w_ptr + (offs_n.to(tl.int64) if WIDE else offs_n)[:, None] * (KH * KW * BLOCKS * width) + tl.arange(0, width)[None, :]
 
     begin = tl.program_id(1) * BLOCKS_PER_SPLIT
     acc = tl.zeros((BM, BN), dtype=tl.int32)
@@ -154,8 +123,8 @@ def conv2d_kernel(
         else:
             low = tl.load(x_tile, mask=inside if EVEN_C else inside & (c + offs_c < C)[None, :], other=0)
             high = tl.load(x_tile + 32, mask=inside if EVEN_C else inside & (c + offs_c + 32 < C)[None, :], other=0)
-            acc = tl.dot(low, _unpack_low(weight, ASM), acc, out_dtype=tl.int32)
-            acc = tl.dot(high, _unpack_high(weight, ASM), acc, out_dtype=tl.int32)
+            acc = tl.dot(low, unpack_low(weight, ASM), acc, out_dtype=tl.int32)
+            acc = tl.dot(high, unpack_high(weight, ASM), acc, out_dtype=tl.int32)
     if BITS == 4:
         acc = acc >> 4  # every product carries the factor 16 of a nibble kept in the high half
 
@@ -167,24 +136,24 @@ def conv2d_kernel(
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         offs_half = tile_n * BN + tl.arange(0, BN // 2)
         _finish(
-            left, offs_m, offs_half, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr, residual_ptr,
-            out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, HAS_ZERO, PER_IMAGE,
-            TABLES, HAS_BIAS, HAS_RESIDUAL, RANK, ACTIVATION,
+            left, offs_m, offs_half, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+            out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE,
+            TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
         _finish(
-            right, offs_m, offs_half + BN // 2, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr,
-            residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, HAS_ZERO,
-            PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, RANK, ACTIVATION,
+            right, offs_m, offs_half + BN // 2, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr,
+            residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE,
+            PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "SPLITS"], do_not_specialize_on_alignment=SCALARS)
 def finish_kernel(
-    work_ptr, centre_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr, residual_ptr,
+    work_ptr, centre_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
     out_scale_ptr, out_zero_ptr, out_ptr, M, N, SUMS_N, H, W, OH, OW, SPLITS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, HAS_ZERO: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr, CENTRE: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, CENTRE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Adds the shares of K, in order, and finishes them: work [SPLITS, M, SUMS_N] int32 -> out [M, N].
@@ -204,14 +173,13 @@ def finish_kernel(
         if CENTRE:
             ones += tl.load(work_ptr + split * share + row + N, mask=m_ok, other=0)
     if CENTRE:
-        if HAS_ZERO:
-            border = _border_row(offs_m, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW)
-            ones -= pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32) * tl.load(sums_ptr + border * SUMS_N + N, mask=m_ok, other=0)
+        border = _border_row(offs_m, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW)
+        ones -= pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32) * tl.load(sums_ptr + border * SUMS_N + N, mask=m_ok, other=0)
         acc -= ones[:, None] * tl.load(centre_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
     _finish(
-        acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, down_ptr, up_ptr, residual_ptr,
-        out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, SUMS_N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, HAS_ZERO, PER_IMAGE,
-        TABLES, HAS_BIAS, HAS_RESIDUAL, RANK, ACTIVATION,
+        acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+        out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, SUMS_N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE,
+        TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
     )  # fmt: skip
 
 
@@ -278,67 +246,40 @@ def conv2d(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias
 
 def launch(
     x: Tensor, zero_point: Tensor, state: State, dtype: torch.dtype, *, x_scale: Tensor | None = None, w_scale: Tensor | None = None,
-    bias: Tensor | None = None, end: Epilogue = Epilogue(), tile: Tile | None = None, splits: int | None = None,
+    bias: Tensor | None = None, end: Epilogue = Epilogue(), plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
-    """Run the kernels; dtype int32 = corrected sums. tile, splits: None = chosen by `tiles`."""
+    """Run the kernels; dtype int32 = corrected sums. plan: None = chosen by `tiles`."""
     b, c, h, w = x.shape
     f, kh, kw, row = state.weight.shape
-    bits, n = 4 if state.weight.dtype == torch.uint8 else 8, f - (state.centre is not None)
-    oh, ow = state.geometry.output_size((h, w), (kh, kw))
-    m, (processors, capability) = b * oh * ow, _gpu(x.device)
-    out = torch.empty((b, oh, ow, n), dtype=dtype, device=x.device)
-    if m == 0:
+    bits, centre, device, g = 4 if state.weight.dtype == torch.uint8 else 8, state.centre is not None, x.device, state.geometry
+    n, (oh, ow) = f - centre, g.output_size((h, w), (kh, kw))
+    m = b * oh * ow
+    out = torch.empty((b, oh, ow, n), dtype=dtype, device=device)
+    if out.numel() == 0:
         return out.permute(0, 3, 1, 2)
-    channels = row * (2 if bits == 4 else 1)
-    tile = tile or choose_tile(m, f, channels, processors, capability)
+    x = aligned(x.permute(0, 2, 3, 1))
+    channels = row * 8 // bits
+    plan = plan or choose_conv_plan(f"conv2d_w{bits}a8", m, f, kh * kw, channels, device)
+    tile, splits = plan.tile, plan.splits
+    end = end if end.residual is None else replace(end, residual=end.residual.permute(0, 2, 3, 1))
+    wide = max(x.numel(), out.numel(), state.weight.numel()) >= 1 << 31
+    pointers, flags, kind = finishing(out, wide, zero_point, x_scale, w_scale, bias, end, state.sums)
+    split = splits > 1 or centre
+    work = torch.empty((splits, m, f), dtype=torch.int32, device=device) if split else None
     blocks = channels // tile.bk
-    splits = splits or choose_splits(m, f, kh * kw * blocks, tile, processors)
-    shared = _arguments(x, zero_point, x_scale, w_scale, bias, end, state, (h, w, oh, ow), out)
-    split = splits > 1 or state.centre is not None
-    work = torch.empty((splits, m, f), dtype=torch.int32, device=x.device) if split else None
-    share = -(-kh * kw * blocks // splits)
-    grid = (triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), splits)
-    conv2d_kernel[grid](
-        x.permute(0, 2, 3, 1).contiguous(), state.weight, work, M=m, N=f, C=c, BLOCKS=blocks, BLOCKS_PER_SPLIT=share, **shared,
-        BITS=bits, ASM=x.is_cuda, EVEN_C=c % tile.bk == 0, SPLIT=split, BM=tile.bm, BN=tile.bn, BK=tile.bk, GROUP_M=GROUP_M,
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
+    shape = (kh, kw, *g.stride, *g.padding, *g.dilation)
+    constants = (*shape, *flags, bits, COMPILED, c % tile.bk == 0, split, tile.bm, tile.bn, tile.bk, GROUP_M)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": False}
+    run(
+        conv2d_kernel, (triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), splits, 1),
+        ("conv2d", device.index, constants, kind, tile, f % 16 == 0, f == 1),
+        (x, state.weight, work, *pointers, m, f, c, h, w, oh, ow, blocks, -(-kh * kw * blocks // splits), *constants), options,
     )  # fmt: skip
     if split:
-        grid = (triton.cdiv(m, 32), triton.cdiv(n, 64))
-        finish_kernel[grid](
-            work, state.centre, M=m, N=n, SUMS_N=f, SPLITS=splits, **shared, CENTRE=state.centre is not None, BM=32, BN=64,
-            num_warps=4, enable_fp_fusion=False,
+        constants = (*shape, *flags, centre, 32, 64)
+        run(
+            finish_kernel, (triton.cdiv(m, 32), triton.cdiv(n, 64), 1),
+            ("conv2d finish", device.index, constants, kind, n % 16 == 0, n == 1, f % 16 == 0, f == 1),
+            (work, state.centre, *pointers, m, n, f, h, w, oh, ow, splits, *constants), {"num_warps": 4, "enable_fp_fusion": False},
         )  # fmt: skip
     return out.permute(0, 3, 1, 2)
-
-
-def _arguments(
-    x: Tensor, zero_point: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, end: Epilogue, state: State,
-    sizes: tuple[int, int, int, int], out: Tensor,
-) -> dict[str, Any]:  # fmt: skip
-    """What both kernels take."""
-    residual = None if end.residual is None else end.residual.permute(0, 2, 3, 1).contiguous()
-    tables = (x_scale, zero_point, end.out_scale, end.out_zero_point)
-    indexed = sum(1 << i for i, t in enumerate(tables) if end.step is not None and t is not None and t.numel() > 1)
-    g = state.geometry
-    names = "x_scale_ptr", "x_zero_ptr", "out_scale_ptr", "out_zero_ptr"
-    pointers = {name: None if t is None else t.contiguous() for name, t in zip(names, tables, strict=True)}
-    _, kh, kw, _ = state.weight.shape
-    per_image = end.step is None and x_scale is not None and x_scale.numel() > 1
-    shape = {"H": sizes[0], "W": sizes[1], "OH": sizes[2], "OW": sizes[3], "KH": kh, "KW": kw, "SH": g.stride[0], "SW": g.stride[1]}
-    shape |= {"PH": g.padding[0], "PW": g.padding[1], "DH": g.dilation[0], "DW": g.dilation[1]}
-    pointers |= {"sums_ptr": state.sums, "step_ptr": end.step, "w_scale_ptr": w_scale, "bias_ptr": bias, "residual_ptr": residual}
-    pointers |= {"down_ptr": None, "up_ptr": None, "out_ptr": out}
-    flags = {"HAS_ZERO": True, "PER_IMAGE": per_image, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "RANK": 0}
-    flags |= {"ACTIVATION": end.activation, "TABLES": indexed}
-    flags["WIDE"] = max(x.numel(), out.numel(), state.weight.numel()) >= 1 << 31
-    return pointers | shape | flags
-
-
-@cache
-def _gpu(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and compute capability (90 = 9.0); an H100's where there is no GPU (interpreter)."""
-    if device.type != "cuda":
-        return 132, 90
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, 10 * found.major + found.minor

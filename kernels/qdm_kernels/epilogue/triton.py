@@ -18,9 +18,10 @@ def pick(table_ptr, step_ptr, TABLE: tl.constexpr):
 
 @triton.jit
 def to_codes(v, inverse_scale, zero_point, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """float32 -> int8 codes by the contract: half to even after the clamp. Infinities saturate, NaN becomes the lowest code."""
+    """float32 -> int8 codes by the contract: half to even after the clamp. Infinities saturate, NaN becomes the code of zero."""
     z = zero_point.to(tl.float32)
-    v = tl.minimum(tl.maximum(v * inverse_scale, LOW - z), HIGH - z)
+    v = v * inverse_scale
+    v = tl.minimum(tl.maximum(tl.where(v == v, v, 0.0), LOW - z), HIGH - z)
     return ((v + _ROUND) - _ROUND + z).to(tl.int8)
 
 

@@ -19,7 +19,8 @@ _SMALLEST_SHARED = 101_376
 _SHARE_INPUTS = 512  # least inputs of one split: shorter loops do not fill the pipeline
 _SPLITS = (1, 2, 4, 8)
 _LATENCY_INPUTS = 256  # inputs whose time filling and draining a tile's pipeline takes
-_BYTES_PER_OP = 1979e12 * 0.62 / 3.0e12  # H100: operations in the time of one byte
+_OPS_PER_BYTE = 1979e12 * 0.62 / 3.0e12  # H100: operations in the time that one byte of device memory takes
+_OPS_PER_L2_BYTE = 1979e12 * 0.62 / 5.5e12  # the same for a byte of L2: operands of a 128 x 128 tile take longer than its products
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,28 @@ TILES = (
 )
 
 
+# What only a measurement may choose: one program of many registers per multiprocessor, deeper pipelines.
+LINEAR_TILES = (
+    *TILES,
+    Tile(128, 128, 128, 8, 3, since=90),
+    Tile(128, 128, 128, 8, 4, 128, since=90),
+    Tile(128, 128, 64, 8, 6, 128, since=90),
+    Tile(128, 256, 64, 8, 4, since=90),
+    Tile(128, 256, 128, 8, 3, since=90),
+    Tile(128, 256, 128, 8, 4, since=90),
+    Tile(256, 128, 64, 8, 4, since=90),
+    Tile(256, 128, 128, 8, 3, since=90),
+    Tile(256, 128, 128, 8, 4, since=90),
+    Tile(128, 64, 128, 4, 5, since=90),
+    Tile(64, 128, 128, 4, 5, since=90),
+    Tile(64, 256, 128, 8, 3, 128, since=90),
+    Tile(256, 64, 128, 8, 3, 128, since=90),
+    Tile(32, 64, 128, 4, 7, swap=True),
+    Tile(16, 64, 128, 4, 8, swap=True),
+    Tile(16, 128, 128, 4, 5, swap=True),
+)
+
+
 def choose_plan(op: str, m: int, n: int, k: int, device: torch.device) -> Plan:
     """Plan for x [m, k] and w [n, k], k a multiple of 64. A device without CUDA (the interpreter) counts as an H100."""
     capability, count = processors(device)
@@ -105,9 +128,10 @@ def _time(plan: Plan, m: int, n: int, k: int, count: int) -> float:
     """Modelled time, in operations of one multiprocessor."""
     tile, splits = plan.tile, plan.splits
     programs = -(-m // tile.bm) * -(-n // tile.bn) * splits
-    work = -(-programs // count) * 2 * tile.bm * tile.bn * (k / splits + _LATENCY_INPUTS)
+    per_input = max(2 * tile.bm * tile.bn, (tile.bm + tile.bn) * _OPS_PER_L2_BYTE)
+    work = -(-programs // count) * per_input * (k / splits + _LATENCY_INPUTS)
     traffic = m * k + n * k + 2 * m * n + (8 * m * n * splits if splits > 1 else 0)
-    return max(work, traffic * _BYTES_PER_OP / count)
+    return max(work, traffic * _OPS_PER_BYTE / count)
 
 
 def user_file() -> Path | None:

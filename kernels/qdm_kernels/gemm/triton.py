@@ -1,7 +1,41 @@
-"""Device functions of the Triton matrix products: order of the tiles, unpacking of 4-bit codes."""
+"""What the Triton matrix products share: cheap launches, order of the tiles, unpacking of 4-bit codes."""
 
+from collections.abc import Hashable
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+_compiled: dict[Hashable, Any] = {}
+
+
+def launch(fn: Any, grid: tuple[int, int, int], key: tuple[Hashable, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Launch a kernel with all its arguments in order; the variant compiled for a key is launched again without triton's own look-up,
+    which costs some fifty microseconds for as many arguments.
+
+    key: everything the machine code depends on: device, constants, options, and dtype, presence and alignment of every tensor.
+    """
+    found = _compiled.get(key)
+    if found is not None:
+        found[grid](*arguments)
+        return
+    found = fn[grid](*arguments, **options)
+    if found is not None:  # the interpreter compiles nothing
+        _compiled[key] = found
+
+
+def kinds(*tensors: Tensor | None) -> tuple[Hashable, ...]:
+    """Of each tensor, what a variant depends on where alignment is not specialised: its dtype; None = it is absent."""
+    return tuple(None if t is None else t.dtype for t in tensors)
+
+
+def scalar_on(t: Tensor | None, device: torch.device) -> Tensor | None:
+    """A scale, zero point or table where the kernel reads it: one left on the CPU would be an invalid address."""
+    if t is None:
+        return None
+    return (t if t.device == device else t.to(device)).contiguous()
 
 
 @triton.jit
@@ -13,6 +47,9 @@ def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
     rows = tl.minimum(tiles_m - first, GROUP_M)
     inside = pid % (GROUP_M * tiles_n)
     return first + inside % rows, inside // rows
+
+
+COMPILED = isinstance(tile_of, triton.JITFunction)  # False under the interpreter, which has no inline assembly
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def _accumulate(acc, x_tile, words, offset, k, offs_k, K, m_ok, EVEN_K: tl.const
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "BLOCKS", "GROUPS"])
 def linear_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, out_ptr, M, N, K, BLOCKS, GROUPS,
     BLOCKS_PER_GROUP: tl.constexpr, KIND: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,

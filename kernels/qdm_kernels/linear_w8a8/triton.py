@@ -16,9 +16,12 @@ from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.epilogue.triton import pick, store
 from qdm_kernels.exact import subtract_zero_point, value_range
 from qdm_kernels.gemm.tiles import GROUP_M, Plan, aligned, choose_plan
-from qdm_kernels.gemm.triton import plane_offsets, tile_of, unpack_high, unpack_low
+from qdm_kernels.gemm.triton import COMPILED, kinds, plane_offsets, scalar_on, tile_of, unpack_high, unpack_low
+from qdm_kernels.gemm.triton import launch as run
 from qdm_kernels.layout import pack_int4, padded_length
 
+# A row of a table stands at any address: it is read one element at a time, so that no variant need know more.
+SCALARS = ["x_scale_ptr", "x_zero_ptr", "step_ptr", "out_scale_ptr", "out_zero_ptr"]
 _MOST_INPUTS = 131_071  # 128 * 128 * K must stay below 2^31: integer tensor cores saturate there
 
 
@@ -60,7 +63,7 @@ def _finish(
 
 
 # TABLES: which of x_scale 1, x_zero_point 2, out_scale 4, out_zero_point 8 are indexed by the step.
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "BLOCKS", "BLOCKS_PER_SPLIT"], do_not_specialize_on_alignment=SCALARS)
 def linear_kernel(
     x_ptr, w_ptr, work_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
     out_zero_ptr, out_ptr, M, N, K, BLOCKS, BLOCKS_PER_SPLIT,
@@ -119,7 +122,7 @@ def linear_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "SPLITS"])
+@triton.jit(do_not_specialize=["M", "SPLITS"], do_not_specialize_on_alignment=SCALARS)
 def finish_kernel(
     work_ptr, centre_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr,
     out_ptr, M, N, WORK_N, SPLITS,
@@ -203,43 +206,49 @@ def launch(
 ) -> Tensor:  # fmt: skip
     """Run the kernels; dtype int32 = corrected sums. plan: None = chosen by `gemm.tiles`."""
     m, (f, width), bits = x.shape[0], state.weight.shape, 4 if state.weight.dtype == torch.uint8 else 8
-    n, padded = f - (state.centre is not None), width * 8 // bits
-    out = torch.empty((m, n), dtype=dtype, device=x.device)
+    centre, device = state.centre is not None, x.device
+    n, padded = f - centre, width * 8 // bits
+    out = torch.empty((m, n), dtype=dtype, device=device)
     if out.numel() == 0:
         return out
     x = aligned(x if x.shape[1] % 16 == 0 else F.pad(x, (0, padded - x.shape[1])))
-    plan = plan or choose_plan(f"linear_w{bits}a8", m, f, padded, x.device)
-    tile, blocks = plan.tile, padded // plan.tile.bk
-    shared = _arguments(zero_point, x_scale, w_scale, bias, end, state, out)
-    shared["WIDE"] = max(x.numel(), out.numel(), state.weight.numel()) >= 1 << 31
-    split = plan.splits > 1 or state.centre is not None
-    work = torch.empty((plan.splits, m, f), dtype=torch.int32, device=x.device) if split else None
-    compiled = isinstance(linear_kernel, triton.JITFunction)  # the interpreter has no inline assembly
-    linear_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), plan.splits)](
-        x, state.weight, work, M=m, N=f, K=x.shape[1], BLOCKS=blocks, BLOCKS_PER_SPLIT=-(-blocks // plan.splits), **shared,
-        BITS=bits, ASM=compiled, EVEN_K=x.shape[1] % tile.bk == 0, SWAP=tile.swap, SPLIT=split, BM=tile.bm, BN=tile.bn, BK=tile.bk,
-        GROUP_M=GROUP_M, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=False,
+    plan = plan or choose_plan(f"linear_w{bits}a8", m, f, padded, device)
+    tile, splits, k = plan.tile, plan.splits, x.shape[1]
+    wide = max(x.numel(), out.numel(), state.weight.numel()) >= 1 << 31
+    pointers, flags, kind = finishing(out, wide, zero_point, x_scale, w_scale, bias, end, state.sums)
+    split = splits > 1 or centre
+    work = torch.empty((splits, m, f), dtype=torch.int32, device=device) if split else None
+    blocks = padded // tile.bk
+    constants = (*flags, bits, COMPILED, k % tile.bk == 0, tile.swap, split, tile.bm, tile.bn, tile.bk, GROUP_M)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": False}
+    run(
+        linear_kernel, (triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), splits, 1),
+        ("linear", device.index, constants, kind, tile, f % 16 == 0, f == 1, k % 16 == 0),
+        (x, state.weight, work, *pointers, m, f, k, blocks, -(-blocks // splits), *constants), options,
     )  # fmt: skip
     if split:
-        finish_kernel[(triton.cdiv(m, 32), triton.cdiv(n, 64))](
-            work, state.centre, M=m, N=n, WORK_N=f, SPLITS=plan.splits, **shared, CENTRE=state.centre is not None, BM=32, BN=64,
-            num_warps=4, enable_fp_fusion=False,
+        constants = (*flags, centre, 32, 64)
+        run(
+            finish_kernel, (triton.cdiv(m, 32), triton.cdiv(n, 64), 1),
+            ("linear finish", device.index, constants, kind, n % 16 == 0, n == 1, f % 16 == 0, f == 1),
+            (work, state.centre, *pointers, m, n, f, splits, *constants), {"num_warps": 4, "enable_fp_fusion": False},
         )  # fmt: skip
     return out
 
 
-def _arguments(
-    zero_point: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, end: Epilogue, state: State, out: Tensor
-) -> dict[str, Any]:
-    """What both kernels take."""
-    tables = (x_scale, zero_point, end.out_scale, end.out_zero_point)
-    indexed = sum(1 << i for i, t in enumerate(tables) if end.step is not None and t is not None and t.numel() > 1)
-    names = "x_scale_ptr", "x_zero_ptr", "out_scale_ptr", "out_zero_ptr"
-    on = out.device  # a scale kept on the CPU would be an invalid address
-    pointers = {name: None if t is None else t.to(on).contiguous() for name, t in zip(names, tables, strict=True)}
-    residual = None if end.residual is None else end.residual.contiguous()
-    step = None if end.step is None else end.step.to(on)
-    pointers |= {"sums_ptr": state.sums, "step_ptr": step, "w_scale_ptr": w_scale, "bias_ptr": bias, "residual_ptr": residual}
-    flags = {"PER_ROW": end.step is None and x_scale is not None and x_scale.numel() > 1, "TABLES": indexed}
-    flags |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": end.activation}
-    return {**pointers, **flags, "out_ptr": out}
+def finishing(
+    out: Tensor, wide: bool, zero_point: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, end: Epilogue,
+    sums: Tensor,
+) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...], tuple[Any, ...]]:  # fmt: skip
+    """What every epilogue takes: its pointers and constants in the kernels' order, and what their variants depend on."""
+    device, step = out.device, scalar_on(end.step, out.device)
+    x_scale, zero, out_scale, out_zero = (scalar_on(t, device) for t in (x_scale, zero_point, end.out_scale, end.out_zero_point))
+    tables = 0
+    if step is not None:
+        tables = sum(1 << i for i, t in enumerate((x_scale, zero, out_scale, out_zero)) if t is not None and t.numel() > 1)
+    residual = None if end.residual is None else aligned(end.residual)
+    w_scale, bias = (None if t is None else aligned(t) for t in (w_scale, bias))
+    per_row = step is None and x_scale is not None and x_scale.numel() > 1
+    pointers = (sums, x_scale, zero, step, w_scale, bias, residual, out_scale, out_zero, out)
+    flags = (wide, per_row, tables, bias is not None, residual is not None, end.activation)
+    return pointers, flags, kinds(*pointers)

@@ -17,7 +17,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tens
     q = round_half_even(clamp(x * (1 / scale), lo - z, hi - z)) + z in float32, lo = -2^(bits-1), hi = 2^(bits-1) - 1.
     scale: float32, 0-dim, [1] or broadcastable against x; zero_point: integer tensor of the same shape, within [lo, hi].
     step: int32 [1] on the device of x: scale and zero_point are tables, [S] or one entry, and this is their row; None = no tables.
-    Infinities saturate; NaN has no code. ValueError on bits outside 2..8, a floating zero_point, or an integer x.
+    Infinities saturate; NaN becomes the code of zero. ValueError on bits outside 2..8, a floating zero_point, or an integer x.
     """
     _check(x, zero_point, bits)
     if not torch.compiler.is_compiling():

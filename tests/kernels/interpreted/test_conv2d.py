@@ -17,9 +17,11 @@ from qdm_kernels.conv2d_w8a8 import triton as triton8
 from qdm_kernels.conv2d_w8a8.tiles import TILES
 from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.epilogue.reference import finish as finish_plainly
+from qdm_kernels.gemm.tiles import Plan
 from qdm_kernels.geometry import Conv2dGeometry as G
 
 KERNELS = {8: triton8, 4: triton4}
+SMALLEST = TILES[-1]
 SAME = G(padding=(1, 1))
 ROW = torch.tensor([1], dtype=torch.int32)
 
@@ -92,7 +94,7 @@ def test_weight_zero_points_leave_by_a_filter_of_ones(bits: int, splits: int) ->
     x, w, z_w = draw(case, bits, centred=False)
     state = KERNELS[bits].prepare(w, z_w, case.geometry)
     assert state.centre is not None
-    got = triton8.launch(x, torch.tensor(-77), state, torch.int32, splits=splits)
+    got = triton8.launch(x, torch.tensor(-77), state, torch.int32, plan=Plan(SMALLEST, splits))
     assert torch.equal(got.long(), truth(case, x, -77, w, z_w))
 
 
@@ -111,7 +113,7 @@ def test_every_tile_and_splits(tile, bits: int) -> None:
     x, w, z_w = draw(case, bits)
     state, want = KERNELS[bits].prepare(w, z_w, case.geometry), truth(case, x, 9, w, z_w)
     for splits in (1, 4):
-        assert torch.equal(triton8.launch(x, torch.tensor(9), state, torch.int32, tile=tile, splits=splits).long(), want)
+        assert torch.equal(triton8.launch(x, torch.tensor(9), state, torch.int32, plan=Plan(tile, splits)).long(), want)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -142,7 +144,7 @@ def outputs(case: Case, bits: int, end: Epilogue, x_scale: Tensor, z_x: Tensor, 
 def test_outputs_have_the_bits_of_the_contract(bits: int, splits: int) -> None:
     case = CASES[0]
     for s in (torch.tensor([0.0173]), torch.tensor([0.01, 0.3]).view(2, 1, 1, 1)):
-        got, want = outputs(case, bits, Epilogue(), s, torch.tensor(-9), splits=splits)
+        got, want = outputs(case, bits, Epilogue(), s, torch.tensor(-9), plan=Plan(SMALLEST, splits))
         assert got.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(got, want)
 
@@ -170,7 +172,7 @@ def test_activation_and_residual(dtype: torch.dtype, splits: int) -> None:
     case = CASES[1]
     residual = torch.randn(1, 24, 5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     end = Epilogue(activation="silu", residual=residual, out_dtype=dtype)
-    got, want = outputs(case, 8, end, torch.tensor([0.02]), torch.tensor([4]), splits=splits)
+    got, want = outputs(case, 8, end, torch.tensor([0.02]), torch.tensor([4]), plan=Plan(SMALLEST, splits))
     exact = finish_plainly(outputs(case, 8, Epilogue(), torch.tensor([0.02]), torch.tensor([4]))[1], end)
     assert torch.equal(want, exact)
     unit = 2**-10 if dtype == torch.float16 else 2**-21

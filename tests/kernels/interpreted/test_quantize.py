@@ -28,8 +28,13 @@ def test_ties_and_saturation() -> None:
         assert got[:6].tolist() == torch.tensor([-2, -2, 0, 0, 2, 2]).add(zero).clamp(-128, 127).tolist()
 
 
-def test_nan_becomes_the_lowest_code() -> None:
-    assert triton.quantize(torch.tensor([float("nan")]), SCALES[:1], ZEROS[:1], 8, None).item() == -128
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 0.5, float("inf")])
+def test_what_is_not_finite_saturates_or_becomes_the_code_of_zero(scale: float) -> None:
+    x, s = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, 1.0, -1.0]), torch.tensor([scale])
+    for zero in ZEROS:
+        got = triton.quantize(x, s, zero, 8, None)
+        assert torch.equal(got, reference.quantize(x, s, zero, 8))
+        assert got[0].item() == int(zero)
 
 
 def test_every_row_of_a_table() -> None:
