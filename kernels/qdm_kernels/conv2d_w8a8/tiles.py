@@ -11,6 +11,7 @@ __all__ = ["CONV_TILES", "GROUP_M", "TILES", "choose_conv_plan", "fits_conv"]
 
 # Eight warps at 128 registers let two programs share a multiprocessor.
 TILES = (
+    Tile(128, 128, 128, 4, 3, since=90),
     Tile(128, 128, 128, 8, 3, 128, since=90),
     Tile(128, 128, 64, 8, 4, 128),
     Tile(128, 64, 128, 4, 3, since=90),

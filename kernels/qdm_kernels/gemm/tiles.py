@@ -19,8 +19,13 @@ _SMALLEST_SHARED = 101_376
 _SHARE_INPUTS = 512  # least inputs of one split: shorter loops do not fill the pipeline
 _SPLITS = (1, 2, 4, 8)
 _LATENCY_INPUTS = 256  # inputs whose time filling and draining a tile's pipeline takes
-_OPS_PER_BYTE = 1979e12 * 0.62 / 3.0e12  # H100: operations in the time that one byte of device memory takes
-_OPS_PER_L2_BYTE = 1979e12 * 0.62 / 5.5e12  # the same for a byte of L2: operands of a 128 x 128 tile take longer than its products
+_OPS_PER_BYTE = 1979e12 / 3.0e12  # H100: operations at its peak in the time that one byte of device memory takes
+_SHARES = {  # of the peak that full grids of a tile were measured to reach on an H100 (4608 x 12288 x 3072, 8-bit weights)
+    (128, 128, 128): 0.55, (256, 128, 128): 0.50, (128, 256, 128): 0.49, (128, 128, 64): 0.49, (64, 128, 128): 0.41, (128, 64, 128): 0.39,
+    (64, 256, 128): 0.37, (128, 64, 64): 0.33, (64, 128, 64): 0.33, (64, 64, 128): 0.31,
+}  # fmt: skip
+_LEAST_SHARE = 0.27
+_ALONE = 1.4  # time of a program that shares its multiprocessor with no other, whose loads nothing hides
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,9 @@ class Plan:
     splits: int = 1
 
 
-# Eight warps at 128 registers let two programs share a multiprocessor.
+# Eight warps at 128 registers, or four at 255, let two programs share a multiprocessor.
 TILES = (
+    Tile(128, 128, 128, 4, 3, since=90),
     Tile(128, 128, 128, 8, 3, 128, since=90),
     Tile(128, 128, 64, 8, 4, 128),
     Tile(128, 64, 128, 4, 3),
@@ -128,8 +134,8 @@ def _time(plan: Plan, m: int, n: int, k: int, count: int) -> float:
     """Modelled time, in operations of one multiprocessor."""
     tile, splits = plan.tile, plan.splits
     programs = -(-m // tile.bm) * -(-n // tile.bn) * splits
-    per_input = max(2 * tile.bm * tile.bn, (tile.bm + tile.bn) * _OPS_PER_L2_BYTE)
-    work = -(-programs // count) * per_input * (k / splits + _LATENCY_INPUTS)
+    per_input = 2 * tile.bm * tile.bn / _SHARES.get((tile.bm, tile.bn, tile.bk), _LEAST_SHARE)
+    work = -(-programs // count) * per_input * (k / splits + _LATENCY_INPUTS) * (_ALONE if programs <= count else 1.0)
     traffic = m * k + n * k + 2 * m * n + (8 * m * n * splits if splits > 1 else 0)
     return max(work, traffic * _OPS_PER_BYTE / count)
 

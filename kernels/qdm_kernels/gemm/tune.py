@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,7 @@ def write(path: Path, entries: list[dict[str, Any]], device: torch.device) -> No
     """Replace the file's entries of the same shapes, keep the others; written whole or not at all."""
     kept = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
     merged = {(e["op"], e["m"], e["n"], e["k"]): e for e in [*kept, *entries]}
-    versions = {"torch": torch.__version__, "triton": import_module("triton").__version__}
+    versions = {"torch": torch.__version__, "triton": version("triton")}
     content = {"schema": SCHEMA, "device": torch.cuda.get_device_name(device), "versions": versions, "entries": list(merged.values())}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
