@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Test processes, one thread each: a suite of small operators gains nothing from threads within one.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -29,8 +31,8 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 quickstart: install ## compress a real small model to 4 bits, load it again, judge it (minutes on a CPU)
 	$(BIN)/qdm run quickstart --out runs/quickstart
 
-test: install ## the test suite on the CPU; PYTEST_ARGS="-k name" narrows it
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+test: install ## the test suite on the CPU, WORKERS files at a time; PYTEST_ARGS="-k name" narrows it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: install ## ruff, mypy and the layer rules; changes nothing
 	$(BIN)/ruff check $(CODE)
