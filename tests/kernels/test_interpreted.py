@@ -1,4 +1,4 @@
-"""Runs every file of `interpreted/` under triton's interpreter, one process each: the switch is read when a kernel is defined."""
+"""Runs every file of an `interpreted/` folder under triton's interpreter, one process each: the switch is read when a kernel is defined."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if version(triton) < (3, 9) and version(numpy) >= (2, 4):
     pytest.skip("the interpreter of this triton takes no loop bound from numpy 2.4 or later", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted((ROOT / "tests/kernels/interpreted").glob("test_*.py"))
+FILES = sorted((ROOT / "tests").glob("**/interpreted/test_*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

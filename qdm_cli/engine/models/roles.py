@@ -43,13 +43,13 @@ class _Layer:
     attribute: str
 
 
-def layer_roles(denoiser: nn.Module) -> dict[str, str]:
+def layer_roles(denoiser: nn.Module, kinds: type | tuple[type, ...] = (nn.Linear, nn.Conv2d)) -> dict[str, str]:
     """Role (`Role` of the bit policy) of every Linear and Conv2d by module path, in module order; `other` where none fits.
 
-    Works on any device, meta included. Call it before layers are replaced by quantized ones.
+    Works on any device, meta included. `kinds`: classes of the layers, others where these took their places.
     """
     modules = dict(denoiser.named_modules())
-    names = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    names = [name for name, module in modules.items() if isinstance(module, kinds)]
     return {name: _role(_locate(name, modules)) for name in names}
 
 

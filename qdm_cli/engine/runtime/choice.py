@@ -1,7 +1,7 @@
 """Which arithmetic a packed layer runs: integers where they are faster, its dequantized weight elsewhere (kernel specification 12).
 
 `exact` runs quantized arithmetic in every layer, so that results do not depend on the machine; `auto` never makes a layer slower.
-The table below is read from the top, the first row that fits decides.
+The tables below are read from the top, the first row that fits decides.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -23,6 +23,7 @@ from qdm_kernels import backend
 Mode = Literal["auto", "exact"]
 Range = tuple[int, int]
 SMALL_PRODUCT = 8_000_000  # multiply-adds; an integer layer costs 0.2 ms of calls, in which one AVX2 core does as many in float32
+FEW_ROWS, MANY_ROWS = 2, 4096  # rows that a GPU layer is chosen for: one per image, or tokens and pixels
 MODES: tuple[Mode, ...] = ("auto", "exact")
 
 
@@ -33,7 +34,7 @@ class Machine:
     Attributes:
         device: cpu or cuda (or another type, which has no integer kernel).
         capability: of a GPU, (9, 0); None on a CPU.
-        triton: can triton kernels run there?
+        triton: do kernels run there: triton's, or a backend that was asked for?
     """
 
     device: str
@@ -46,7 +47,7 @@ class Machine:
         device = torch.device(device)
         if device.type != "cuda":
             return cls(device.type)
-        runs = backend.choose(op, device=device) not in ("cpu", "reference")
+        runs = backend.choose(op, device=device) == "triton" or bool(os.environ.get("QDM_BACKEND"))
         return cls("cuda", torch.cuda.get_device_capability(device), runs)
 
 
@@ -55,14 +56,17 @@ class Choice:
     """What one layer runs.
 
     Attributes:
-        kernel: `integer` or `float` (dequantized weight, float activations).
+        kernel: `integer`; `weights` (the kernel unpacks 4-bit weights for float activations); or `float` (dequantized weight, float
+            activations).
         why_not: why no integer arithmetic; None = it runs.
         by_machine: the machine is the reason, not the layer.
+        expands: a float layer keeps its codes and dequantizes them in every call, for no kernel reads them; else it keeps what is faster.
     """
 
-    kernel: Literal["integer", "float"]
+    kernel: Literal["integer", "weights", "float"]
     why_not: str | None = None
     by_machine: bool = False
+    expands: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,29 +107,57 @@ _CPU: tuple[Rule, ...] = (
     (lambda c: c.spec.terms < 64, "fewer than 64 products per output: the quantization costs more than it saves"),
     (lambda c: c.rows * c.spec.terms * c.spec.outputs < SMALL_PRODUCT, "a product too small to win back the calls around it"),
 )
-_CUDA: tuple[Rule, ...] = (
-    (lambda c: (c.machine.capability or (0, 0)) < (8, 0), lambda c: "integer kernels need compute capability 8.0"),
+_NO_CUDA_KERNEL: tuple[Rule, ...] = (
+    (lambda c: (c.machine.capability or (0, 0)) < backend.LEAST_CAPABILITY, lambda c: "integer kernels need compute capability 8.0"),
     (lambda c: not c.machine.triton, lambda c: "no integer kernel runs on this GPU: is triton installed?"),
-    (lambda c: c.rows <= 16, "at most 16 rows: the product waits for its weights"),
+    (lambda c: c.spec.groups > 1, "a grouped convolution has no integer kernel on GPUs"),
+    (lambda c: c.spec.kind == "conv2d" and c.spec.inputs % 16 != 0, "the number of input channels is no multiple of 16"),
+)
+_CUDA: tuple[Rule, ...] = (
     (
         lambda c: c.spec.inputs < 512 and c.spec.outputs < 1024 and c.spec.kind == "linear",
         "K < 512 and N < 1024: the output dominates",
     ),
     (lambda c: c.spec.kind == "conv2d" and c.spec.inputs % 64 != 0, "the number of input channels is no multiple of 64"),
 )
-_BY_DEVICE = {"cpu": _CPU, "cuda": _CUDA}
+_FEW = "at most 16 rows: the product waits for its weights"
 
 
 def choose(case: Case, mode: Mode) -> Choice:
     """The arithmetic of one layer; in `exact` mode only what has no integer form at all stays in floating point."""
-    rules = _ANYWHERE
-    if mode == "auto":
-        others: tuple[Rule, ...] = ((lambda c: True, lambda c: f"no integer kernel on {c.machine.device}"),)
-        rules = _ANYWHERE + _BY_DEVICE.get(case.machine.device, others)
+    if case.machine.device == "cuda":
+        return _choose_on_gpu(case, mode)
+    if case.machine.device != "cpu":
+        found = _first(case, _ANYWHERE) or Choice("float", f"no integer kernel on {case.machine.device}", by_machine=True)
+        return replace(found, expands=True)
+    return _first(case, _ANYWHERE + (_CPU if mode == "auto" else ())) or Choice("integer")
+
+
+def _choose_on_gpu(case: Case, mode: Mode) -> Choice:
+    """`exact` mode too stays in floating point where there is no kernel: the codes are the same, the sums are those of float hardware."""
+    if found := _first(case, _ANYWHERE + _NO_CUDA_KERNEL):
+        if found.by_machine or not _unpacks(case) or case.spec.bits_a is not None:
+            return replace(found, expands=True)
+        return replace(found, kernel="weights")
+    if mode == "exact":
+        return Choice("integer")
+    if case.rows <= 16 and _unpacks(case):
+        return Choice("weights", _FEW)
+    return _first(case, _CUDA) or Choice("integer")
+
+
+def _unpacks(case: Case) -> bool:
+    """Has this layer a kernel that reads 4-bit weights next to float activations?"""
+    s = case.spec
+    runs = case.machine.triton and (case.machine.capability or (0, 0)) >= backend.LEAST_CAPABILITY
+    return runs and s.kind == "linear" and s.bits_w <= 4 and s.group in (None, 64, 128)
+
+
+def _first(case: Case, rules: tuple[Rule, ...]) -> Choice | None:
     for applies, why in rules:
         if applies(case):
             return Choice("float", why, False) if isinstance(why, str) else Choice("float", why(case), True)
-    return Choice("integer")
+    return None
 
 
 @functools.cache

@@ -8,9 +8,6 @@ sums are exact in float32. Codes become a backend's own layout at the first call
 
 from __future__ import annotations
 
-import os
-import warnings
-from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,10 +20,10 @@ from qdm_cli.engine.quant.grid import IntGrid, PerChannel, PerGroup, broadcast, 
 from qdm_cli.engine.quant.modules import conv2d_channels_last, dynamic_qparams
 from qdm_cli.engine.quant.state import LayerState, QuantState
 from qdm_cli.engine.quant.state_apply import checked_layer, load_floats_, replace_
+from qdm_cli.engine.runtime import gpu
 from qdm_cli.engine.runtime.choice import Case, Choice, Machine, Mode, choose, say_once
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_cli.engine.runtime.reuse import PerPrompt, SharedInput
-from qdm_kernels import backend
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
 from qdm_kernels.exact import value_range
 from qdm_kernels.layout import pack_weight, unpack_weight
@@ -55,6 +52,7 @@ class PackedLayer(nn.Module):
     _floats: Tensor | None
     _plain: Tensor | None
     _constant: bool | None
+    _form: gpu.Form | None
     _choices: dict[tuple[str, int], Choice]
 
     def __init__(self, spec: LayerSpec, *, device: str | torch.device = "meta"):
@@ -63,6 +61,8 @@ class PackedLayer(nn.Module):
         self.step = StepContext()
         self.mode: Mode = "exact"
         self.reuse: PerPrompt | SharedInput | None = None
+        self.few_rows = False  # at most one row per image
+        self.compute_dtype: torch.dtype | None = None  # of the denoiser's activations; None = not known
         self._forget_()
         table = spec.tensors()
         for name in _BUFFERS:
@@ -71,15 +71,17 @@ class PackedLayer(nn.Module):
 
     def forward(self, x: Tensor, *unused: object) -> Tensor:
         """x: float, [..., K] or [B, I, H, W] -> the same dtype. `unused`: diffusers passes a LoRA scale to some layers."""
+        if gpu.is_gpu(self.weight.device):
+            return gpu.forward(self, x)
         if self.choice(x).kernel == "float":
             return self._float_forward(x) if self.mode == "exact" else self._plain_forward(x)
-        if not _has_integer_kernel(self.op, x.device.type):
-            return self._float_forward(x)
         if self.reuse is not None:
             return self.reuse.output(self, x, self._quantized_forward)
         return self._quantized_forward(x)
 
     def _quantized_forward(self, x: Tensor) -> Tensor:
+        if gpu.is_gpu(x.device) and (y := gpu.product(self, x, self.prepared)) is not None:
+            return y
         scale, zero_point = self._activation(x)
         if zero_point.numel() == 1:
             return self._integer_forward(x, scale, zero_point).to(x.dtype)
@@ -87,6 +89,8 @@ class PackedLayer(nn.Module):
 
     def choice(self, x: Tensor) -> Choice:
         """Integer or float arithmetic for an input of this size, decided once per power of two of rows."""
+        if gpu.is_gpu(x.device):
+            return self.form.choice
         bucket = (x.device.type, self._rows(x).bit_length())
         if bucket not in self._choices:
             codes = self.codes()
@@ -98,13 +102,19 @@ class PackedLayer(nn.Module):
         return self._choices[bucket]
 
     def choices(self) -> list[Choice]:
-        """What was chosen so far, one per size seen."""
-        return list(self._choices.values())
+        """What was chosen so far, one per size seen; one for all sizes on a GPU."""
+        return list(self._choices.values()) if self._form is None else [self._form.choice]
 
     def set_mode_(self, mode: Mode) -> None:
         """`exact`: quantized arithmetic always; `auto`: where it is not slower than the dequantized weight."""
         if mode != self.mode:
             self.mode = mode
+            self._forget_()
+
+    def place_(self, *, few_rows: bool, dtype: torch.dtype | None) -> None:
+        """Say where in its denoiser the layer stands: whether it sees one row per image, and what dtype the activations have."""
+        if (few_rows, dtype) != (self.few_rows, self.compute_dtype):
+            self.few_rows, self.compute_dtype = few_rows, dtype
             self._forget_()
 
     def codes(self) -> Tensor:
@@ -130,9 +140,18 @@ class PackedLayer(nn.Module):
     @property
     def prepared(self) -> Any:
         """The weight in the layout of the chosen backend, made once."""
+        if gpu.is_gpu(self.weight.device):
+            return self.form.prepared
         if self._prepared is None:
             self._prepared = self._prepare(*self.stored_parts())
         return self._prepared
+
+    @property
+    def form(self) -> gpu.Form:
+        """What the layer holds on its GPU, made once."""
+        if self._form is None:
+            self._form = gpu.make_form(self)
+        return self._form
 
     def stored_parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(codes, scale, zero point, bias) as the kernels' `prepare` takes them."""
@@ -142,9 +161,15 @@ class PackedLayer(nn.Module):
 
     @property
     def float_weight(self) -> Tensor:
-        """f32 operand of layers without an integer kernel, expanded once: unpacking takes longer than a small layer's product."""
-        if self._floats is None:
-            self._floats = self.centred_weight() if self.spec.group is None else self.dequantized_weight()
+        """f32 operand of layers without an integer kernel, expanded once: unpacking takes longer than a small layer's product.
+
+        A GPU, whose memory is scarcer, expands it in every call.
+        """
+        if self._floats is None or self._floats.device != self.weight.device:
+            made = self.centred_weight() if self.spec.group is None else self.dequantized_weight()
+            if self.weight.device.type != "cpu":
+                return made
+            self._floats = made
         return self._floats
 
     @property
@@ -169,6 +194,12 @@ class PackedLayer(nn.Module):
             tables = [self._buffers[name] for name in ("act_scale", "act_zero_point")]
             self._constant = all(table is None or bool((table == table[0]).all()) for table in tables)
         return self._constant
+
+    def held_tensors(self) -> list[Tensor]:
+        """Whatever the layer keeps in memory; several may share a storage."""
+        form = self._form
+        extra = [] if form is None else [form.weight, form.bias, form.zero, *(form.prepared.tensors if form.prepared else ())]
+        return [held for held in [*self.buffers(), *extra, self._plain, self._floats, self._row_sums] if held is not None]
 
     def load_buffer_(self, name: str, value: Tensor) -> None:
         """Take a stored tensor; float ones are kept in f32 whatever they were stored in.
@@ -225,8 +256,7 @@ class PackedLayer(nn.Module):
     def _plain_forward(self, x: Tensor) -> Tensor:
         """Dequantized weight, activations as they come: what `auto` runs where integers would be slower."""
         if x.device.type != "cpu":
-            bias = self._buffers["bias"]
-            return self._apply_op(x, self.dequantized_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return self._apply_op(x, *gpu.expanded(self, x.dtype))
         with torch.autocast("cpu", enabled=False):
             return self._apply_op(x.float(), self.plain_weight, self._buffers["bias"]).to(x.dtype)
 
@@ -236,9 +266,7 @@ class PackedLayer(nn.Module):
         if self.spec.bits_a is not None:
             scale, zero = self._activation(x)
             restored = (centred_codes(x.float(), scale, zero.float(), IntGrid(self.spec.bits_a)) * scale).to(x.dtype)
-        y = self._apply_op(restored, self.dequantized_weight().to(x.dtype))
-        bias = self._buffers["bias"]
-        return y if bias is None else y + self._per_output(bias).to(x.dtype)
+        return self._apply_op(restored, *gpu.expanded(self, x.dtype))
 
     def _per_weight(self, value: Tensor) -> Tensor:
         granularity = PerChannel(0) if self.spec.group is None else PerGroup(self.spec.group)
@@ -274,7 +302,15 @@ class PackedLayer(nn.Module):
             return tensor.to(fn(tensor[:0]).device)
 
         self._forget_()
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        self.settle_()
+        return self
+
+    def settle_(self) -> None:
+        """On a GPU, make what calls need now: a graph under capture or compilation cannot."""
+        if gpu.is_gpu(self.weight.device):
+            self.step.place_(self.weight.device)
+            self.form  # noqa: B018
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget_()
@@ -282,11 +318,11 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own backend layout: oneDNN's packed tensors cannot be copied."""
-        made_here = dict.fromkeys(("_prepared", "_row_sums", "_floats", "_plain", "_constant", "reuse"))
+        made_here = dict.fromkeys(("_prepared", "_row_sums", "_floats", "_plain", "_constant", "_form", "reuse"))
         return {**self.__dict__, **made_here, "_choices": {}}
 
     def _forget_(self) -> None:
-        self._prepared = self._row_sums = self._floats = self._plain = self._constant = None
+        self._prepared = self._row_sums = self._floats = self._plain = self._constant = self._form = None
         self._choices = {}
         if self.reuse is not None:
             self.reuse.forget_()
@@ -308,14 +344,16 @@ class PackedLinear(PackedLayer):
         return linear_op.linear(codes, scale, zero_point.reshape(()), prepared)
 
     def product_together(self, x: Tensor, prepared: Any) -> Tensor | None:
-        """Outputs of several layers that `reuse` packed as one, f32; None when samples have zero points of their own."""
+        """Outputs of several layers that `reuse` packed as one; None when samples have zero points of their own."""
+        if gpu.is_gpu(x.device):
+            return gpu.product(self, x, prepared)
         scale, zero_point = self._activation(x)
         return self._product(x, scale, zero_point, prepared) if zero_point.numel() == 1 else None
 
     def _forward_by_zero_point(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Any zero point per token: sum (q - z)(w - z_w) = sum q (w - z_w) - z * sum (w - z_w), all in int32."""
         codes = quantize(x, scale, zero_point, cast(int, self.spec.bits_a))
-        sums = linear_op.accumulate(codes, torch.zeros((), dtype=torch.int32), self.prepared) - zero_point * self.row_sums
+        sums = linear_op.accumulate(codes, zero_point.new_zeros(()), self.prepared) - zero_point * self.row_sums
         y = sums.float() * (scale * self.weight_scale)
         bias = self._buffers["bias"]
         return y if bias is None else y + bias
@@ -422,11 +460,3 @@ def pack_denoiser_(denoiser: nn.Module, state: QuantState, mode: Mode = "exact")
 
 def _per_sample(value: Tensor, ndim: int) -> Tensor:
     return value if value.ndim == 0 else value.reshape(-1, *([1] * (ndim - 1)))
-
-
-@cache
-def _has_integer_kernel(op: str, device: str) -> bool:
-    if device == "cpu" or os.environ.get("QDM_BACKEND") or backend.choose(op, device=device) != "reference":
-        return True
-    warnings.warn(f"no integer kernel for {op} on {device}: it computes with dequantized weights, without gain in speed", stacklevel=3)
-    return False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qdm_cli.engine.runtime import gpu
 from qdm_kernels.linear_w8a8 import op as linear_op
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class SharedInput:
         index = layers.index(layer) if len(layers) == len(self._layers) else -1
         if index == 0:
             self._prepared = self._prepared or _prepare_together(layers)
-            common = layer.product_together(x, self._prepared)
+            common = None if self._prepared is None else layer.product_together(x, self._prepared)
             if common is None:
                 return compute(x)
             self._kept.put(x, common)
@@ -119,7 +120,9 @@ def _same_codes(own: PackedLinear, other: PackedLinear) -> bool:
 
 
 def _prepare_together(layers: Sequence[PackedLinear]) -> Any:
-    """One weight of the outputs of all `layers`, packed as `PackedLinear.prepared`."""
+    """One weight of the outputs of all `layers`, packed as `PackedLinear.prepared`; None where it would be a second copy on a GPU."""
+    if gpu.is_gpu(layers[0].weight.device):
+        return gpu.join(layers)
     parts = [layer.stored_parts() for layer in layers]
     codes, scales, zeros, biases = zip(*parts, strict=True)
     bias = None if biases[0] is None else torch.cat(biases)

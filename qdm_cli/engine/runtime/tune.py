@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from qdm_cli.engine.models.roles import layer_roles
 from qdm_cli.engine.runtime.attention import speed_up_attention_
 from qdm_cli.engine.runtime.choice import Mode
+from qdm_cli.engine.runtime.gpu import FEW_ROW_ROLES
 from qdm_cli.engine.runtime.modules import PackedLayer
 from qdm_cli.engine.runtime.reuse import share_inputs_
 
@@ -19,10 +21,16 @@ def tune_(denoiser: nn.Module, mode: Mode) -> None:
 
     Results of `exact` do not depend on the machine; `auto` may take float kernels and bf16 attention where those are faster.
     """
-    for layer in denoiser.modules():
+    few = {name for name, role in layer_roles(denoiser, PackedLayer).items() if role in FEW_ROW_ROLES}
+    dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), None)
+    for name, layer in denoiser.named_modules():
         if isinstance(layer, PackedLayer):
             layer.set_mode_(mode)
+            layer.place_(few_rows=name in few, dtype=dtype)
     share_inputs_(denoiser)
+    for layer in denoiser.modules():
+        if isinstance(layer, PackedLayer):
+            layer.settle_()
     speed_up_attention_(denoiser, enabled=mode == "auto")
     if mode == "auto":
         for layer in denoiser.modules():

@@ -70,9 +70,11 @@ def test_layers_that_gain_nothing_on_any_cpu(probe_as, fields: dict, why: str) -
         (H100, {"kind": "conv2d", "inputs": 320, "outputs": 320, "kernel": (3, 3)}, None),
         (Machine("cuda", (7, 5), triton=True), {}, "compute capability"),
         (Machine("cuda", (9, 0)), {}, "triton"),
-        (H100, {"rows": 2}, "at most 16 rows"),
+        (H100, {"rows": 2}, None),
+        (H100, {"kind": "conv2d", "groups": 2}, "grouped"),
         (H100, {"inputs": 320, "outputs": 320}, "output dominates"),
-        (H100, {"kind": "conv2d", "inputs": 4}, "multiple of 64"),
+        (H100, {"kind": "conv2d", "inputs": 4}, "multiple of 16"),
+        (H100, {"kind": "conv2d", "inputs": 48}, "multiple of 64"),
         (Machine("mps"), {}, "no integer kernel on mps"),
     ],
 )
@@ -80,6 +82,24 @@ def test_gpus_follow_the_dispatch_rule(machine: Machine, fields: dict, why: str 
     chosen = choose(case(machine, **fields), "auto")
     assert chosen.why_not is None if why is None else why in (chosen.why_not or "")
     assert chosen.kernel == ("integer" if why is None else "float")
+
+
+@pytest.mark.parametrize(
+    ("mode", "fields", "kernel"),
+    [
+        ("auto", {"rows": 2}, "weights"),
+        ("exact", {"rows": 2}, "integer"),
+        ("exact", {"bits_a": None, "act": None, "group": 64}, "weights"),
+        ("auto", {"bits_a": None, "act": None, "group": 32}, "float"),
+        ("auto", {"bits_a": None, "act": None, "bits": 8}, "float"),
+        ("exact", {"group": 64}, "float"),
+        ("exact", {"kind": "conv2d", "inputs": 4}, "float"),
+        ("exact", {"kind": "conv2d", "inputs": 48}, "integer"),
+        ("auto", {"kind": "conv2d", "inputs": 48}, "float"),
+    ],
+)
+def test_gpus_read_four_bit_weights_where_rows_are_few_or_activations_float(mode, fields: dict, kernel: str) -> None:
+    assert choose(case(H100, **{"bits": 4} | fields), mode).kernel == kernel
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv3x3", "conv1x1"])

@@ -1,0 +1,287 @@
+"""Whole denoisers on one GPU: built there from their published configurations, timed in bf16, packed in place, timed again.
+
+Random weights serve speed, structure and arithmetic only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+from statistics import median
+from typing import Any, Literal, cast
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from qdm_cli.engine.bench.denoisers import count_layers
+from qdm_cli.engine.diffusion.step_context import StepContext
+from qdm_cli.engine.models.published import CONFIGS
+from qdm_cli.engine.plan.inputs import CallShape, example_inputs
+from qdm_cli.engine.quant.calibration import RangeRule, code_layer
+from qdm_cli.engine.quant.config import ActivationPolicy, QuantizeSpec, WeightPolicy
+from qdm_cli.engine.quant.grid import IntGrid, QParams, qparams_from_range
+from qdm_cli.engine.quant.rules import resolve
+from qdm_cli.engine.quant.state_apply import replace_
+from qdm_cli.engine.runtime.choice import Choice
+from qdm_cli.engine.runtime.gpu import Form
+from qdm_cli.engine.runtime.modules import PackedLayer, packed_from_state
+from qdm_cli.engine.runtime.tune import tune_
+
+Compiled = Literal["none", "blocks", "full"]
+GATE = 0.05  # relative error against the same codes in bf16 arithmetic; roundings of bf16 alone reach 0.02 after 57 blocks
+
+
+@dataclass(frozen=True)
+class GpuBench:
+    """What to measure.
+
+    Attributes:
+        batch: None = 2, one image under guidance, or 1 where guidance is an input (FLUX).
+        steps: rows of the activation tables, all of which the timed calls go through.
+        compiled: torch.compile of nothing, of the repeated blocks, or of the whole denoiser.
+        compile_mode: mode of torch.compile; None = default.
+        seconds: least time of each measurement.
+    """
+
+    bits: int = 8
+    batch: int | None = None
+    steps: int = 20
+    compiled: Compiled = "none"
+    compile_mode: str | None = None
+    seconds: float = 1.0
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+
+
+def build_on(name: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """The denoiser of `CONFIGS[name]`, its seeded random weights drawn on the device itself."""
+    entry = CONFIGS[name]
+    with torch.device("meta"):
+        model = getattr(diffusers, entry.class_name)(**entry.config).to(dtype)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    rng = torch.Generator(device).manual_seed(0)
+    for key, value in model.named_parameters():
+        if value.ndim > 1:
+            value.normal_(0, 1 / sqrt(value[0].numel()), generator=rng)
+        elif key.endswith("weight"):
+            value.uniform_(0.9, 1.1, generator=rng)
+        else:
+            value.normal_(0, 0.02, generator=rng)
+    for value in model.buffers():
+        value.normal_(0, 0.5, generator=rng) if value.is_floating_point() else value.zero_()
+    return model.to(memory_format=torch.channels_last)
+
+
+def inputs_on(name: str, model: nn.Module, batch: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments of one call; the timestep is one number on the device, or one per image where the class wants that."""
+    side = CONFIGS[name].side
+    torch.manual_seed(1)
+    call = example_inputs(model, CallShape(batch, batch, (side, side)), device, dtype)
+    call["timestep"] = torch.full((batch,), 0.5 if name == "flux" else 500.0, device=device)
+    if CONFIGS[name].class_name.startswith("UNet"):
+        call["timestep"] = torch.tensor(500.0, device=device)
+    return call
+
+
+@torch.no_grad()
+def pack_in_place_(model: nn.Module, call: dict[str, Any], bits: int, steps: int) -> StepContext:
+    """Replace the layers of the default policy by packed ones on the model's device, one by one; ranges are those of this call."""
+    policy = QuantizeSpec(
+        weights=WeightPolicy(bits=bits, symmetric=True), activations=ActivationPolicy(bits=8, timestep_aware=True), policy="edges-w8"
+    )
+    decisions = [d for d in resolve(model, policy) if d.skipped_why is None]
+    ranges = _ranges(model, call, [d.name for d in decisions if d.bits_a is not None])
+    top = float(call["timestep"].max()) * 2
+    step = StepContext(torch.linspace(top, 0, steps, dtype=torch.float64))
+    for decision in decisions:
+        layer = model.get_submodule(decision.name)
+        rows = steps if decision.timestep_aware else 1
+        found = None if decision.name not in ranges else _table(*ranges[decision.name], rows)
+        packed = packed_from_state(code_layer(layer, decision, RangeRule("max"), found), layer, steps)
+        packed.step = step
+        replace_(model, decision.name, packed)
+        packed.requires_grad_(False)
+        del layer
+    step.attach(model)
+    return step
+
+
+def _ranges(model: nn.Module, call: dict[str, Any], names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keeper(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: found.__setitem__(name, args[0].float().aminmax())
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in names]
+    model(**call, return_dict=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _table(low: Tensor, high: Tensor, rows: int) -> QParams:
+    """One range for every step: the tables are there for their cost."""
+    one = qparams_from_range(low, high, IntGrid(8), symmetric=False)
+    return QParams(one.scale.reshape(1).repeat(rows), one.zero_point.reshape(1).repeat(rows))
+
+
+@contextmanager
+def in_float_arithmetic(model: nn.Module) -> Iterator[None]:
+    """The same codes, multiplied by the floating-point kernels of torch: what integers are judged by."""
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
+    kept = [(layer.mode, layer.reuse, layer.form) for layer in layers]
+    for layer, (_, _, form) in zip(layers, kept, strict=True):
+        if form.choice.kernel == "integer":
+            layer.mode, layer.reuse, layer._form = "exact", None, Form(Choice("float", "for comparison", expands=True), zero=form.zero)
+    try:
+        yield
+    finally:
+        for layer, (mode, reuse, form) in zip(layers, kept, strict=True):
+            layer.mode, layer.reuse, layer._form = mode, reuse, form
+
+
+def time_calls_of(model: Callable[..., Any], call: dict[str, Any], timesteps: Tensor, seconds: float) -> dict[str, float]:
+    """Wall time of calls that go through the timesteps as a sampler does, launches included, synchronised once per three calls."""
+    slot = call["timestep"]
+
+    def batch_of_calls(first: int) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for i in range(3):
+            slot.copy_(timesteps[(first + i) % len(timesteps)].expand_as(slot))
+            model(**call)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / 3 * 1e3
+
+    batch_of_calls(0)
+    times, spent = [batch_of_calls(3)], 0.0
+    while spent < seconds or len(times) < 3:
+        times.append(batch_of_calls(3 * len(times)))
+        spent += times[-1] * 3e-3
+    return {"median_ms": median(times), "best_ms": min(times), "worst_ms": max(times), "batches_of_3": len(times)}
+
+
+def captured(model: nn.Module, call: dict[str, Any]) -> tuple[Callable[..., Any], Tensor]:
+    """(replay, its output): a CUDA graph of one call over the tensors of `call`, whose contents may change between replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            model(**call, return_dict=False)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = model(**call, return_dict=False)[0]
+    return lambda **ignored: graph.replay(), output
+
+
+def _compile(model: nn.Module, bench: GpuBench) -> Callable[..., Any]:
+    """A compiled view of the model: whole, or its repeated blocks in place."""
+    options: dict[str, Any] = {} if bench.compile_mode is None else {"mode": bench.compile_mode}
+    if bench.compiled == "full":
+        return cast(Callable[..., Any], torch.compile(model, fullgraph=True, dynamic=False, **options))
+    cast(Any, model).compile_repeated_blocks(fullgraph=True, dynamic=False, **options)
+    return model
+
+
+def _times(model: nn.Module, call: dict[str, Any], timesteps: Tensor, bench: GpuBench, say: Callable[[str], None]) -> dict[str, Any]:
+    """Times of one model: eager, as a CUDA graph, compiled. A way that fails is reported with its error."""
+    found: dict[str, Any] = {}
+
+    def measure(way: str, make: Callable[[], Callable[..., Any]]) -> None:
+        started = time.perf_counter()
+        try:
+            run = make()
+            run(**call)
+            torch.cuda.synchronize()
+            ready = time.perf_counter() - started
+            found[way] = time_calls_of(run, call, timesteps, bench.seconds) | {"ready_s": ready}
+            say(f"  {way}: {found[way]['median_ms']:.2f} ms ({ready:.1f} s until the first result)")
+        except Exception as error:  # a broken way must not cost the others their turn on a lent machine
+            found[way] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+            say(f"  {way}: {found[way]['error']}")
+
+    measure("eager", lambda: model)
+    measure("graph", lambda: captured(model, call)[0])
+    if bench.compiled != "none":
+        measure("compiled", lambda: _compile(model, bench))
+    return found
+
+
+def quantized_memory(model: nn.Module) -> dict[str, float]:
+    """Bytes that packed layers really hold, each storage once, by the bytes of the same weights in bf16."""
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
+    storages = {held.untyped_storage().data_ptr(): held.untyped_storage().nbytes() for layer in layers for held in layer.held_tensors()}
+    numbers = sum(layer.spec.outputs * layer.spec.terms for layer in layers)
+    return {
+        "quantized_weights": float(numbers),
+        "quantized_bytes": float(sum(storages.values())),
+        "ratio": sum(storages.values()) / (2 * numbers),
+    }
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@torch.no_grad()
+def measure_on_gpu(name: str, bench: GpuBench, say: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
+    """Rows of one denoiser, more complete each: after bf16, after the gate, after the packed model. All of one model replace each other."""
+    torch.cuda.empty_cache()
+    batch = bench.batch or (1 if name == "flux" else 2)
+    before = torch.cuda.memory_allocated()
+    model = build_on(name, bench.device, bench.dtype)
+    call = inputs_on(name, model, batch, bench.device, bench.dtype)
+    row: dict[str, Any] = {
+        "kind": "denoiser", "model": name, "batch": batch, "format": f"w{bench.bits}a8", "parameters": CONFIGS[name].parameters,
+        "steps": bench.steps, "compiled": bench.compiled, "compile_mode": bench.compile_mode or "default",
+        "memory": {"bf16_allocated": torch.cuda.memory_allocated() - before},
+    }  # fmt: skip
+    timesteps = torch.linspace(float(call["timestep"].max()) * 2, 0, bench.steps, device=bench.device)
+    say(f"{name} w{bench.bits}a8 batch {batch}: bf16")
+    want = model(**call, return_dict=False)[0].clone()
+    row["bf16"] = _times(model, call, timesteps, bench, say)
+    yield row
+    if bench.compiled != "none":
+        torch.compiler.reset()
+        model = build_on(name, bench.device, bench.dtype)  # without compiled blocks
+    call["timestep"].fill_(float(timesteps[0]) / 2)
+    step = pack_in_place_(model, call, bench.bits, bench.steps)
+    tune_(model, "auto")
+    torch.cuda.empty_cache()
+    got = model(**call, return_dict=False)[0].clone()
+    row["memory"] |= {"packed_allocated": torch.cuda.memory_allocated() - before, **quantized_memory(model)}
+    with in_float_arithmetic(model):
+        same = model(**call, return_dict=False)[0].clone()
+    row |= {"layers": count_layers(model), "rows": step.rows}
+    row["errors"] = {"to_bf16": _error(got, want), "to_same_codes": _error(got, same), "same_codes_to_bf16": _error(same, want)}
+    row["gate"] = "passed" if row["errors"]["to_same_codes"] <= GATE else "failed"
+    say(f"  gate {row['gate']}: {row['errors']}; memory {row['memory']['ratio']:.3f}; {row['layers']}")
+    yield row
+    if row["gate"] == "failed":
+        return
+    row["qdm"] = _times(model, call, timesteps, bench, say)
+    row["ratios"] = _ratios(row)
+    say(f"  ratios {row['ratios']}")
+    yield row
+
+
+def _ratios(row: dict[str, Any]) -> dict[str, float]:
+    """Times of bf16 by times of qdm, way by way, and qdm without torch.compile against both."""
+    ms = {(who, way): one["median_ms"] for who in ("bf16", "qdm") for way, one in row[who].items() if "median_ms" in one}
+    pairs = {
+        "eager": ("eager", "eager"),
+        "graph": ("graph", "graph"),
+        "graph_to_eager": ("eager", "graph"),
+        "compiled": ("compiled", "compiled"),
+        "graph_to_compiled": ("compiled", "graph"),
+    }
+    return {
+        name: round(ms["bf16", base] / ms["qdm", own], 3)
+        for name, (base, own) in pairs.items()
+        if ("bf16", base) in ms and ("qdm", own) in ms
+    }

@@ -1,0 +1,198 @@
+"""How packed layers run on CUDA GPUs: one stored form per layer, made when the layer reaches the GPU, and no wait for the GPU in a call.
+
+A form is chosen once, from the layer and its place in the denoiser, never from the sizes of a call: so that nothing is unpacked, and
+nothing allocated twice, once a graph is being captured or compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from qdm_cli.engine.runtime.choice import FEW_ROWS, MANY_ROWS, Case, Choice, Machine, choose, say_once, widest_codes
+from qdm_kernels.conv2d_w4a8 import op as conv2d_w4a8
+from qdm_kernels.conv2d_w8a8 import op as conv2d_w8a8
+from qdm_kernels.linear_w4a8 import op as linear_w4a8
+from qdm_kernels.linear_w4a16 import op as linear_w4a16
+from qdm_kernels.linear_w8a8 import op as linear_w8a8
+from qdm_kernels.quantize.op import quantize, quantize_per_token
+
+if TYPE_CHECKING:
+    from qdm_cli.engine.runtime.modules import PackedLayer
+
+FEW_ROW_ROLES = ("time_embedding", "time_projection", "class_embedding", "modulation")  # one row per image
+_OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a layer holds on its GPU.
+
+    Attributes:
+        choice: and why.
+        prepared: of the op that runs; None = the dequantized weight.
+        zero: int32 [1], 0: the zero point of symmetric activations.
+        weight, bias: of layers in floating point, in their dtype; None = dequantized in every call.
+    """
+
+    choice: Choice
+    prepared: Any = None
+    zero: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Codes int8 with what turns them back: scale float32, zero point int, and the step that indexes both where they are tables."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    step: Tensor | None
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Are layers on `device` served by this module?"""
+    return device.type == "cuda"
+
+
+@torch.no_grad()
+def make_form(layer: PackedLayer) -> Form:
+    """Choose and lay out the weight of a layer that lies on a GPU; its codes and the kernel's become one allocation."""
+    spec, device = layer.spec, layer.weight.device
+    case = Case(spec, FEW_ROWS if layer.few_rows else MANY_ROWS, Machine.of(device, layer.op), *widest_codes(spec))
+    choice = choose(case, layer.mode)
+    if choice.why_not is not None:
+        say_once(choice)
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    if choice.kernel == "float":
+        if layer.mode == "exact" or choice.expands or layer.compute_dtype is None:
+            return Form(choice, zero=zero)
+        return Form(choice, None, zero, *expanded(layer, layer.compute_dtype))
+    parts = layer.stored_parts()
+    if choice.kernel == "weights":
+        return Form(choice, linear_w4a16.prepare(*parts), zero)
+    prepared = prepare_integers(layer, *parts)
+    _share_storage_(layer, prepared)
+    return Form(choice, prepared, zero)
+
+
+def prepare_integers(layer: PackedLayer, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None) -> Any:
+    """Weights for the integer op; at most 4 bits stay two to a byte."""
+    s, small = layer.spec, layer.spec.bits_w <= 4
+    if s.kind == "linear":
+        return (linear_w4a8 if small else linear_w8a8).prepare(codes, scale, zero_point, bias)
+    where: dict[str, Any] = {"stride": s.stride, "padding": s.padding, "dilation": s.dilation, "groups": s.groups}
+    return (conv2d_w4a8 if small else conv2d_w8a8).prepare(codes, scale, zero_point, bias, **where)
+
+
+def expanded(layer: PackedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Dequantized weight, convolutions in channels_last as they are stored, and bias. Symmetric 8-bit codes take one pass over memory."""
+    spec, bias = layer.spec, layer._buffers["bias"]
+    bias = None if bias is None else bias.to(dtype)
+    if spec.bits_w <= 4 or not spec.symmetric or spec.group is not None:
+        weight = layer.dequantized_weight().to(dtype)
+        return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight, bias
+    if torch.compiler.is_compiling():
+        flat = (layer.weight * layer.weight_scale[:, None]).to(dtype)
+    else:
+        flat = torch.mul(layer.weight, layer.weight_scale[:, None], out=torch.empty_like(layer.weight, dtype=dtype))
+    if spec.kind == "linear":
+        return flat, bias
+    outputs, inputs, *kernel = spec.weight_shape
+    return flat.view(outputs, *kernel, inputs).permute(0, 3, 1, 2), bias
+
+
+def _share_storage_(layer: PackedLayer, prepared: Any) -> None:
+    """Let the layer's stored codes be a view of the kernel's operand where the bytes agree: all but channels that are no multiple of 64."""
+    own, weight = layer.weight, getattr(prepared.state, "weight", None)
+    rows = None if weight is None else weight.flatten(1)[: len(own)]
+    if rows is not None and rows.shape == own.shape and rows.dtype == own.dtype and torch.equal(rows, own):
+        layer._buffers["weight"] = rows
+
+
+@torch.no_grad()
+def join(layers: Sequence[PackedLayer]) -> Any:
+    """One operand for integer layers that read the same codes; each goes on with its own rows of it. None = not in one allocation."""
+    parts = [layer.stored_parts() for layer in layers]
+    codes, scales, zeros, biases = zip(*parts, strict=True)
+    bias = None if biases[0] is None else torch.cat(biases)
+    joint = prepare_integers(layers[0], torch.cat(codes), torch.cat(scales), torch.cat(zeros), bias)
+    if joint.backend != "triton" or joint.state.centre is not None:
+        return None  # the row of ones behind the last of them belongs to each
+    for layer, rows in zip(layers, joint.state.weight.split([layer.spec.outputs for layer in layers]), strict=True):
+        own = layer.form.prepared
+        layer._form = replace(layer.form, prepared=replace(own, state=replace(own.state, weight=rows)))
+        _share_storage_(layer, layer._form.prepared)
+    return joint
+
+
+def forward(layer: PackedLayer, x: Tensor) -> Tensor:
+    """A packed layer on its GPU: x float -> the same dtype.
+
+    Raises:
+        ValueError: x lies on another device.
+    """
+    if x.device != layer.weight.device:
+        raise ValueError(f"the input is on {x.device}, the layer on {layer.weight.device}: move one of them")
+    form = layer.form
+    if form.choice.kernel == "float":
+        if form.weight is not None and form.weight.dtype == x.dtype:
+            return layer._apply_op(x, form.weight, form.bias)
+        return layer._float_forward(x) if layer.mode == "exact" or form.choice.expands else layer._plain_forward(x)
+    if form.choice.kernel == "weights":
+        return linear_w4a16.linear(x, form.prepared).to(x.dtype)
+    if layer.reuse is not None:
+        return layer.reuse.output(layer, x, layer._quantized_forward)
+    return layer._quantized_forward(x)
+
+
+def product(layer: PackedLayer, x: Tensor, prepared: Any) -> Tensor | None:
+    """Outputs of an integer layer, or of several `prepared` together; None when samples have zero points of their own."""
+    a = activation(layer, x)
+    return None if a is None else multiply(layer, a, prepared, x.dtype)
+
+
+def multiply(layer: PackedLayer, a: Activation, prepared: Any, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+    """Codes times weights, finished by the kernel: scales, bias, residual, and the cast to `dtype`."""
+    run: Any = linear_w8a8.linear if layer.spec.kind == "linear" else conv2d_w8a8.conv2d
+    out = dtype if dtype in _OUTPUTS else torch.float32
+    return run(a.codes, a.scale, a.zero_point, prepared, step=a.step, out_dtype=out, residual=residual).to(dtype)
+
+
+def activation(layer: PackedLayer, x: Tensor) -> Activation | None:
+    """Codes of x; None when samples or tokens have zero points of their own, for which kernels have no form."""
+    spec = layer.spec
+    bits = cast(int, spec.bits_a)
+    zero = cast(Tensor, layer.form.zero)
+    if spec.act == "dynamic" and spec.act_symmetric and spec.kind == "linear":
+        codes, scale = quantize_per_token(x, bits)
+        return Activation(codes, scale, zero, None)
+    found = tables(layer, x.device)
+    if found is None:
+        scale, picked = layer._activation(x)
+        if picked.numel() != 1:
+            return None
+        found = scale, picked.reshape(()), None
+    scale, zero, step = found
+    return Activation(quantize(x, scale, zero, bits, step), scale, zero, step)
+
+
+def tables(layer: PackedLayer, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """(scale, zero point, step) of a static layer as kernels take them: one entry, or tables with a step on the device.
+
+    None = measured in the call, or rows that kernels cannot index: of each sample, or between two.
+    """
+    if layer.spec.act != "static":
+        return None
+    scale, zero = cast(Tensor, layer._buffers["act_scale"]), layer._buffers["act_zero_point"]
+    zero = cast(Tensor, layer.form.zero) if zero is None else zero
+    if len(scale) == 1 and len(zero) == 1:
+        return scale, zero, None
+    row = layer.step.row
+    return None if row is None or row.device != device else (scale, zero, row)

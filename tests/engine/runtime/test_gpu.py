@@ -1,0 +1,173 @@
+"""Packed denoisers on a CUDA GPU: equal to the CPU's, captured, compiled, offloaded, and as small as stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qdm_cli.engine.diffusion.step_context import StepContext
+from qdm_cli.engine.models.tiny import tiny_denoiser
+from qdm_cli.engine.plan.inputs import CallShape, example_inputs
+from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_, packed_from_state
+
+pytestmark = pytest.mark.gpu
+
+KEYS = [800.0, 600.0, 400.0, 200.0, 0.0]
+NAMES = ["ddpm", "sd", "dit", "flux"]
+POLICIES = {"w8a8": {"bits_w": 8}, "w4a8": {}, "symmetric": {"symmetric": True, "act_symmetric": True}, "weight-only": {"bits_a": None}}
+DYNAMIC = {"dynamic": {"act_mode": "dynamic", "act_symmetric": True}}
+
+
+def packed_on(device: str, name: str, make_state, mode: str = "exact", dtype: torch.dtype = torch.float32, **policy) -> nn.Module:
+    denoiser = tiny_denoiser(name).eval().requires_grad_(False)
+    state = make_state(denoiser, keys=KEYS, **policy)
+    denoiser.to(dtype)
+    pack_denoiser_(denoiser, state, mode)
+    return denoiser.to(device)
+
+
+def inputs(denoiser: nn.Module, device: str, dtype: torch.dtype = torch.float32, batch: int = 2) -> dict[str, Any]:
+    side = getattr(denoiser.config, "sample_size", None) or 8
+    torch.manual_seed(1)
+    call = example_inputs(denoiser, CallShape(batch, batch, (side, side)), "cpu", dtype)
+    call["timestep"] = torch.full((batch,), 390.0)
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in call.items()}
+
+
+def answer(model: Callable[..., Any], call: dict[str, Any]) -> torch.Tensor:
+    return model(**call, return_dict=False)[0]
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLayer)}
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.cpu().double() - want.cpu().double()).norm() / want.cpu().double().norm())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("policy", [*POLICIES, "dynamic"])
+@torch.no_grad()
+def test_every_layer_gives_the_bits_of_the_cpu_on_the_same_input(name: str, policy: str, make_state) -> None:
+    fields = (POLICIES | DYNAMIC)[policy]
+    cpu, gpu = (packed_on(device, name, make_state, **fields) for device in ("cpu", "cuda"))
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for layer_name, layer in packed_layers(cpu).items():
+        layer.register_forward_hook(lambda m, args, y, layer_name=layer_name: seen.__setitem__(layer_name, (args[0], y)))
+    want = answer(cpu, inputs(cpu, "cpu"))
+    got = answer(gpu, inputs(gpu, "cuda"))
+    kernels = []
+    for layer_name, layer in packed_layers(gpu).items():
+        x, y = seen[layer_name]
+        ours = layer(x.cuda()).cpu()
+        kernels.append(layer.choice(x.cuda()).kernel)
+        if kernels[-1] == "integer":
+            assert torch.equal(ours, y), layer_name
+        else:
+            assert relative(ours, y) < 2e-3, layer_name
+    # a code may turn where norms and attention round differently
+    assert relative(got, want) < 3e-2
+    assert ("integer" in kernels) == (policy != "weight-only")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", ["exact", "auto"])
+@torch.no_grad()
+def test_one_graph_serves_every_step(name: str, mode: str, make_state) -> None:
+    model = packed_on("cuda", name, make_state, mode, torch.bfloat16)
+    call = inputs(model, "cuda", torch.bfloat16)
+    wanted = {}
+    for timestep in (790.0, 210.0):
+        call["timestep"].fill_(timestep)
+        wanted[timestep] = answer(model, call).clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        answer(model, call)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = answer(model, call)
+    for timestep in (790.0, 210.0, 790.0):
+        call["timestep"].fill_(timestep)
+        graph.replay()
+        assert relative(out, wanted[timestep]) < 1e-2
+        assert relative(out, wanted[1000.0 - timestep]) > 1e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_it_compiles_whole_and_once(name: str, make_state) -> None:
+    model = packed_on("cuda", name, make_state, "auto", torch.bfloat16)
+    call = inputs(model, "cuda", torch.bfloat16)
+    wanted = {}
+    for timestep in (790.0, 210.0):
+        call["timestep"].fill_(timestep)
+        wanted[timestep] = answer(model, call).clone()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for timestep in (210.0, 790.0, 210.0):
+            call["timestep"] = torch.full_like(call["timestep"], timestep)
+            assert relative(answer(compiled, call), wanted[timestep]) < 5e-2
+
+
+@torch.no_grad()
+def test_it_goes_to_the_cpu_and_back(make_state) -> None:
+    from accelerate import cpu_offload_with_hook
+
+    model = packed_on("cuda", "sd", make_state, "exact")
+    call = inputs(model, "cuda")
+    want = answer(model, call)
+    offloaded, hook = cpu_offload_with_hook(model.to("cpu"), "cuda")
+    for _ in range(2):
+        assert torch.equal(answer(offloaded, call), want)
+        hook.offload()
+        assert all(held.device.type == "cpu" for layer in packed_layers(model).values() for held in layer.held_tensors())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@torch.no_grad()
+def test_an_image_has_the_same_products_alone_and_in_a_batch(kind: str, make_layer_state) -> None:
+    torch.manual_seed(0)
+    original = nn.Linear(1280, 640) if kind == "linear" else nn.Conv2d(320, 192, 3, padding=1)
+    x = torch.randn((4, 70, 1280) if kind == "linear" else (4, 320, 17, 16)).cuda().bfloat16()
+    for bits in (8, 4):
+        layer = packed_from_state(make_layer_state(original, bits_w=bits, symmetric=True), original, 1).to("cuda")
+        whole = layer(x)
+        assert all(torch.equal(layer(x[i : i + 1]), whole[i : i + 1]) for i in range(4))
+        assert all(torch.equal(layer(x), whole) for _ in range(20))
+
+
+@pytest.mark.parametrize(("bits", "bar"), [(8, 0.51), (4, 0.28)])
+def test_weights_take_the_memory_they_are_stored_in(bits: int, bar: float, make_layer_state) -> None:
+    torch.manual_seed(0)
+    originals = [nn.Linear(2048, 2048), nn.Linear(1280, 5120), nn.Conv2d(640, 320, 3, padding=1)]
+    states = [make_layer_state(original, bits_w=bits, symmetric=True) for original in originals]
+    packed_from_state(states[0], originals[0], 1).to("cuda")  # whatever the first use of the GPU allocates
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    layers = [packed_from_state(state, original, 1).to("cuda") for state, original in zip(states, originals, strict=True)]
+    numbers = sum(original.weight.numel() for original in originals)
+    assert (torch.cuda.memory_allocated() - before) / (2 * numbers) <= bar
+    assert all(layer.form.choice.kernel == "integer" for layer in layers)
+
+
+def test_steps_stay_on_the_device() -> None:
+    step = StepContext(torch.tensor(KEYS))
+    step.place_(torch.device("cuda", 0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for timestep in (torch.tensor(610.0, device="cuda"), torch.tensor([190.0], device="cuda").expand(4)):
+            step.set_timestep(timestep)
+            assert step.row.dtype == torch.int32
+            assert step.row.device.type == "cuda"
+            step.pick(torch.ones(5, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.row.tolist() == [3]
