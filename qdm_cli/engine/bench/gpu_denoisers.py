@@ -9,17 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import sqrt
 from statistics import median
 from typing import Any, Literal, cast
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
 from qdm_cli.engine.bench.denoisers import count_layers
 from qdm_cli.engine.diffusion.step_context import StepContext
-from qdm_cli.engine.models.published import CONFIGS
+from qdm_cli.engine.models.published import CONFIGS, build_published_on
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
 from qdm_cli.engine.quant.calibration import RangeRule, code_layer
 from qdm_cli.engine.quant.config import ActivationPolicy, QuantizeSpec, WeightPolicy
@@ -55,25 +53,6 @@ class GpuBench:
     seconds: float = 1.0
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
-
-
-def build_on(name: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """The denoiser of `CONFIGS[name]`, its seeded random weights drawn on the device itself."""
-    entry = CONFIGS[name]
-    with torch.device("meta"):
-        model = getattr(diffusers, entry.class_name)(**entry.config).to(dtype)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
-    rng = torch.Generator(device).manual_seed(0)
-    for key, value in model.named_parameters():
-        if value.ndim > 1:
-            value.normal_(0, 1 / sqrt(value[0].numel()), generator=rng)
-        elif key.endswith("weight"):
-            value.uniform_(0.9, 1.1, generator=rng)
-        else:
-            value.normal_(0, 0.02, generator=rng)
-    for value in model.buffers():
-        value.normal_(0, 0.5, generator=rng) if value.is_floating_point() else value.zero_()
-    return model.to(memory_format=torch.channels_last)
 
 
 def inputs_on(name: str, model: nn.Module, batch: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -234,7 +213,7 @@ def measure_on_gpu(name: str, bench: GpuBench, say: Callable[[str], None] = prin
     torch.cuda.empty_cache()
     batch = bench.batch or (1 if name == "flux" else 2)
     before = torch.cuda.memory_allocated()
-    model = build_on(name, bench.device, bench.dtype)
+    model = build_published_on(name, bench.device, bench.dtype)
     call = inputs_on(name, model, batch, bench.device, bench.dtype)
     row: dict[str, Any] = {
         "kind": "denoiser", "model": name, "batch": batch, "format": f"w{bench.bits}a8", "parameters": CONFIGS[name].parameters,
@@ -248,7 +227,7 @@ def measure_on_gpu(name: str, bench: GpuBench, say: Callable[[str], None] = prin
     yield row
     if bench.compiled != "none":
         torch.compiler.reset()
-        model = build_on(name, bench.device, bench.dtype)  # without compiled blocks
+        model = build_published_on(name, bench.device, bench.dtype)  # without compiled blocks
     call["timestep"].fill_(float(timesteps[0]) / 2)
     step = pack_in_place_(model, call, bench.bits, bench.steps)
     tune_(model, "auto")

@@ -75,3 +75,31 @@ def build_published(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(diffusers, entry.class_name)(**entry.config)
+
+
+@torch.no_grad()
+def build_published_on(name: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """The denoiser of `CONFIGS[name]` with seeded random weights drawn on the device itself: 12 billion of them in seconds.
+
+    Tables that the class computes, such as position embeddings, are random too.
+    """
+    import diffusers
+
+    entry = CONFIGS[name]
+    with torch.device("meta"):
+        model = getattr(diffusers, entry.class_name)(**entry.config).to(dtype)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    rng = torch.Generator(device).manual_seed(0)
+    for key, value in model.named_parameters():
+        if value.ndim > 1:
+            value.normal_(0, value[0].numel() ** -0.5, generator=rng)
+        elif key.endswith("weight"):
+            value.uniform_(0.9, 1.1, generator=rng)
+        else:
+            value.normal_(0, 0.02, generator=rng)
+    for value in model.buffers():
+        if value.is_floating_point():
+            value.normal_(0, 0.5, generator=rng)
+        else:
+            value.zero_()
+    return model.to(memory_format=torch.channels_last)

@@ -58,7 +58,8 @@ def test_a_wrong_product_is_not_timed(as_on_a_gpu, monkeypatch: pytest.MonkeyPat
     right = gpu_denoisers.in_float_arithmetic
 
     def broken(model: torch.nn.Module):
-        [layer for layer in model.modules() if isinstance(layer, PackedLayer)][-1].weight_scale.mul_(3)
+        last = [layer for layer in model.modules() if isinstance(layer, PackedLayer)][-1]
+        last.load_buffer_("weight_scale", last.weight_scale * 3)
         return right(model)
 
     monkeypatch.setattr(gpu_denoisers, "in_float_arithmetic", broken)
