@@ -41,7 +41,10 @@ def _layer_state(name: str, module: Any, rows: int, rng: Any, **policy: Any) -> 
         zero = torch.randint(-half // 2, half // 2, count, generator=rng).to(torch.int8)
         zero = torch.zeros_like(zero) if decision.act_symmetric else zero
     bias = None if module.bias is None else module.bias.detach().float().clone()
-    return LayerState(decision, codes, params.scale, params.zero_point.to(torch.int8), bias, scale, zero)
+    factors = None
+    if decision.pre_scale:
+        factors = torch.rand(weight.shape[1] * getattr(module, "groups", 1), generator=rng) + 0.5
+    return LayerState(decision, codes, params.scale, params.zero_point.to(torch.int8), bias, scale, zero, factors)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from torch import nn
 from qdm_cli.engine.artifact import MANIFEST, Artifact, open_artifact
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models import LoadedPipeline, load_pipeline
+from qdm_cli.engine.quant.modules import per_input
 from qdm_cli.engine.quant.state import read_state
 from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime.loading import open_pipeline
@@ -130,5 +131,7 @@ def weight_of(layer: nn.Module) -> Any:
         centred, scale = layer.weight_source()
         groups = 1 if scale.ndim == 1 else scale.shape[1]
         grouped = centred.reshape(centred.shape[0], groups, -1, *centred.shape[2:])
-        return (grouped * scale.reshape(centred.shape[0], groups, *([1] * (grouped.ndim - 2)))).reshape(centred.shape)
+        weight = (grouped * scale.reshape(centred.shape[0], groups, *([1] * (grouped.ndim - 2)))).reshape(centred.shape)
+        factors = getattr(layer, "pre_scale", None)
+        return weight if factors is None else weight * per_input(factors, weight)
     return getattr(layer, "weight", None)

@@ -15,7 +15,7 @@ from qdm_cli.engine.checkpoint import read_tensors, write_tensors
 from qdm_cli.engine.diffusion.trajectories import CallRecord, TrajectoryStore, sample_tensor, take_samples
 from qdm_cli.engine.errors import GateFailed
 from qdm_cli.engine.quant.grid import IntGrid, PerTensor, QParams, RangeMethod, choose_qparams, param_shape, quantize
-from qdm_cli.engine.quant.modules import weight_granularity
+from qdm_cli.engine.quant.modules import weight_before_codes, weight_granularity
 from qdm_cli.engine.quant.state import LayerDecision, LayerState, QuantState
 
 if TYPE_CHECKING:
@@ -67,9 +67,11 @@ def initialise_ranges(
     return QuantState(layers=layers, skipped=tuple(d for d in decisions if d.skipped_why), step_keys=keys)
 
 
-def code_layer(module: nn.Module, decision: LayerDecision, rule: RangeRule, activation: QParams | None) -> LayerState:
-    """Integer codes and scales of one layer's weight."""
-    weight = module.weight.detach().float()  # type: ignore[operator]
+def code_layer(
+    module: nn.Module, decision: LayerDecision, rule: RangeRule, activation: QParams | None, pre_scale: torch.Tensor | None = None
+) -> LayerState:
+    """Integer codes and scales of one layer's weight, or of W / pre_scale."""
+    weight = weight_before_codes(module.weight, pre_scale)  # type: ignore[arg-type]
     grid, granularity = IntGrid(decision.bits_w), weight_granularity(decision)
     try:
         if decision.granularity == "tensor":
@@ -87,6 +89,7 @@ def code_layer(module: nn.Module, decision: LayerDecision, rule: RangeRule, acti
         bias=None if bias is None else bias.detach().float().clone(),
         act_scale=None if activation is None else activation.scale,
         act_zero_point=None if activation is None else activation.zero_point.to(torch.int8),
+        pre_scale=pre_scale,
     )
 
 

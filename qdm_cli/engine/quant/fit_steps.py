@@ -71,8 +71,9 @@ class StepFit:
             state = self.layers[name]
             if name in scales:
                 state = self.layers[name] = replace(state, act_scale=scales[name])
+            original = self.pair.full.get_submodule(name)
             layer = build_layer(
-                self.pair.full.get_submodule(name), state.decision, CodedWeight(state), state.bias, scales_of(state), self.pair.step
+                original, state.decision, CodedWeight(state), state.bias, scales_of(state), self.pair.step, state.pre_scale
             )
             replace_(self.pair.student, name, layer.to(self.pair.device))
 

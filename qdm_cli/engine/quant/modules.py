@@ -98,17 +98,32 @@ class QuantizedLayer(nn.Module):
         bias: [O] or None.
         scales: activation tables; None = dynamic or float activations by `decision`.
         step: which denoising step it is.
+        pre_scale: f32 [I], factor of each input channel; `weight` then stands for W / pre_scale. None = 1.
     """
 
     channel_dim: int
+    pre_scale: torch.Tensor | None
 
-    def __init__(self, decision: LayerDecision, weight: nn.Module, bias: torch.Tensor | None, scales: StepScales | None, step: StepContext):
+    def __init__(
+        self,
+        decision: LayerDecision,
+        weight: nn.Module,
+        bias: torch.Tensor | None,
+        scales: StepScales | None,
+        step: StepContext,
+        pre_scale: torch.Tensor | None = None,
+    ):
         super().__init__()
         self.decision = decision
         self.weight_source = weight
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
         self.scales = scales
         self.step = step
+        self.register_buffer("pre_scale", None if pre_scale is None else pre_scale.detach().float())
+
+    def scaled_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x as f32 with every input channel times its factor."""
+        return x.float() if self.pre_scale is None else x.float() * self.channel_shape(self.pre_scale)
 
     def centred_input(self, x: torch.Tensor, part: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(q - z as floats, scale that broadcasts against x); float activations pass through with scale None.
@@ -129,9 +144,10 @@ class QuantizedLayer(nn.Module):
 
     def combine(self, x: torch.Tensor) -> torch.Tensor:
         """The layer in fp32; the caller restores the dtype."""
+        x = self.scaled_input(x)
         if self.decision.split is not None:
             return self.combine_parts(x)
-        centred, x_scale = self.centred_input(x.float())
+        centred, x_scale = self.centred_input(x)
         weight, w_scale = self.weight_source()
         if w_scale.ndim == 2:
             weight = weight * broadcast(w_scale, weight.shape, PerGroup(weight.shape[1] // w_scale.shape[1]))
@@ -146,7 +162,7 @@ class QuantizedLayer(nn.Module):
         """Two concatenated inputs, each with ranges of its own: y1 + (y2 + bias) (Q-Diffusion, Eq. 8)."""
         weight, w_scale = self.weight_source()
         sizes = list(self.decision.input_halves)
-        halves = zip(x.float().split(sizes, dim=self.channel_dim), weight.split(sizes, dim=1), strict=True)
+        halves = zip(x.split(sizes, dim=self.channel_dim), weight.split(sizes, dim=1), strict=True)
         sums = []
         for part, (x_part, w_part) in enumerate(halves):
             centred, x_scale = self.centred_input(x_part, part)
@@ -197,8 +213,9 @@ class QConv2d(QuantizedLayer):
         scales: StepScales | None,
         step: StepContext,
         conv: nn.Conv2d,
+        pre_scale: torch.Tensor | None = None,
     ):
-        super().__init__(decision, weight, bias, scales, step)
+        super().__init__(decision, weight, bias, scales, step, pre_scale)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def apply_op(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -224,9 +241,26 @@ def conv2d_channels_last(
 
 
 def build_layer(
-    original: nn.Module, decision: LayerDecision, weight: nn.Module, bias: torch.Tensor | None, scales: StepScales | None, step: StepContext
+    original: nn.Module,
+    decision: LayerDecision,
+    weight: nn.Module,
+    bias: torch.Tensor | None,
+    scales: StepScales | None,
+    step: StepContext,
+    pre_scale: torch.Tensor | None = None,
 ) -> QuantizedLayer:
     """The quantized layer that takes the place of `original`."""
     if isinstance(original, nn.Conv2d):
-        return QConv2d(decision, weight, bias, scales, step, original)
-    return QLinear(decision, weight, bias, scales, step)
+        return QConv2d(decision, weight, bias, scales, step, original, pre_scale)
+    return QLinear(decision, weight, bias, scales, step, pre_scale)
+
+
+def per_input(pre_scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Factors [I] of the input channels of an ungrouped layer, shaped to multiply its weight [O, I, ...]."""
+    return pre_scale.reshape(1, -1, *([1] * (weight.ndim - 2)))
+
+
+def weight_before_codes(weight: torch.Tensor, pre_scale: torch.Tensor | None) -> torch.Tensor:
+    """The float weight that the codes of a layer stand for: W / pre_scale, in f32."""
+    weight = weight.detach().float()
+    return weight if pre_scale is None else weight / per_input(pre_scale, weight)

@@ -13,7 +13,7 @@ from torch import nn
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.quant.attention import attach_attention_
 from qdm_cli.engine.quant.grid import CentredQuantize, IntGrid, broadcast
-from qdm_cli.engine.quant.modules import QuantizedLayer, StepScales, build_layer, weight_granularity
+from qdm_cli.engine.quant.modules import QuantizedLayer, StepScales, build_layer, weight_before_codes, weight_granularity
 from qdm_cli.engine.quant.state import LayerState, QuantState
 from qdm_cli.engine.quant.state_apply import checked_layer, load_floats_, replace_, scales_of
 
@@ -103,6 +103,7 @@ class Student:
                 bias=None if layer.bias is None else layer.bias.detach().clone(),
                 act_scale=None if scales[0] is None else scales[0].detach().clone(),
                 act_zero_point=None if scales[1] is None else scales[1].detach().round().to(torch.int8),
+                pre_scale=self.start.layers[name].pre_scale,
             )
         own = dict(self.denoiser.named_parameters())
         floats = self.start.floats | {name: own[name].detach().clone() for name in self.trained_floats}
@@ -123,10 +124,10 @@ def build_student(
     rng = torch.Generator().manual_seed(seed)
     for name, layer in state.layers.items():
         original = checked_layer(student, name, layer)
-        weight = cast(torch.Tensor, original.weight).detach().float()
+        weight = weight_before_codes(cast(torch.Tensor, original.weight), layer.pre_scale)
         adapter_rank = 0 if layer.decision.role in EDGE_ROLES and layer.decision.bits_w == 8 else rank
         source = QALoRAWeight(layer, weight if base == "fp" else None, adapter_rank, rng)
-        quantized = build_layer(original, layer.decision, source, layer.bias, scales_of(layer), step).to(device)
+        quantized = build_layer(original, layer.decision, source, layer.bias, scales_of(layer), step, layer.pre_scale).to(device)
         source.scale.requires_grad_(True)
         if quantized.scales is not None:
             quantized.scales.train_()

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.quant.grid import QParams, dequantize
-from qdm_cli.engine.quant.modules import weight_granularity
+from qdm_cli.engine.quant.modules import per_input, weight_granularity
 from qdm_cli.engine.quant.state import LayerState, QuantState
 
 
 def dequantized_weight(layer: LayerState) -> torch.Tensor:
-    """The float weight that the codes stand for, in f32 and the weight's shape."""
-    return dequantize(layer.codes, QParams(layer.weight_scale, layer.weight_zero_point.float()), weight_granularity(layer.decision))
+    """The float weight that the layer multiplies its input with, in f32 and the weight's shape."""
+    weight = dequantize(layer.codes, QParams(layer.weight_scale, layer.weight_zero_point.float()), weight_granularity(layer.decision))
+    return weight if layer.pre_scale is None else weight * per_input(layer.pre_scale, weight)
 
 
 def layer_rows(state: QuantState) -> list[dict[str, Any]]:
@@ -34,6 +35,7 @@ def layer_rows(state: QuantState) -> list[dict[str, Any]]:
                 "group": d.group_size,
                 "symmetric": d.symmetric,
                 "split": d.split,
+                "pre_scale": d.pre_scale,
                 "timestep_rows": 0 if layer.act_scale is None else len(layer.act_scale),
                 "rule": d.rule,
                 "skipped_why": None,

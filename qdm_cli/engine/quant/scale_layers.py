@@ -85,7 +85,7 @@ class ScaledLayer(QuantizedLayer):
     """
 
     def __init__(self, state: LayerState, original: nn.Module, tables: ScaleTables, activation: Any, step: StepContext):
-        super().__init__(state.decision, nn.Identity(), state.bias, activation, step)
+        super().__init__(state.decision, nn.Identity(), state.bias, activation, step, state.pre_scale)
         conv = (original.stride, original.padding, original.dilation, original.groups) if state.decision.type == "Conv2d" else None
         self.conv = conv
         self.register_buffer("packed", pack_codes(state.codes, state.decision.bits_w), persistent=False)
@@ -115,7 +115,7 @@ class ScaledLayer(QuantizedLayer):
         if self.decision.bits_a is None:
             return scaled_product(x, s_out, s_in, self.bias, operand)
         x = x.float() if s_in is None else x.float() * operand.along(s_in, x)
-        centred, x_scale = self.centred_input(x)
+        centred, x_scale = self.centred_input(x if self.pre_scale is None else x * operand.along(self.pre_scale, x))
         sums = scaled_product(centred, torch.ones_like(s_out[..., :1]).expand(s_out.shape[-1]), None, None, operand) * x_scale
         y = sums * operand.along(s_out, sums)
         return y if self.bias is None else y + operand.along(self.bias, y)
@@ -153,7 +153,7 @@ def build_scaled_(denoiser: nn.Module, state: QuantState, start: ScaleSet) -> tu
         if name in start.layers:
             new = ScaledLayer(layer, original, tables, scales_of(layer), step)
         else:
-            new = build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step)
+            new = build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step, layer.pre_scale)
         replace_(denoiser, name, new.to(next(original.parameters()).device))
     load_floats_(denoiser, state.floats)
     tables.to(next(denoiser.parameters()).device)

@@ -35,6 +35,7 @@ class LayerDecision:
         timestep_aware: one activation scale and zero point per row of the step table.
         split: inputs of the first of two concatenated tensors, which are quantized apart; None = one range. The weight then has scales
             [O, 2] whatever the granularity, and activation tables are [R, 2].
+        pre_scale: every input channel has a factor of its own before it is quantized (TCAQ-DM).
         rule: the rule that decided, as shown to people.
         skipped_why: not None = the layer stays in full precision, for this reason; the fields above are then meaningless.
     """
@@ -52,6 +53,7 @@ class LayerDecision:
     act_symmetric: bool = False
     timestep_aware: bool = False
     split: int | None = None
+    pre_scale: bool = False
     rule: str = ""
     skipped_why: str | None = None
 
@@ -117,6 +119,7 @@ class LayerState:
         bias: f32 [O] or None.
         act_scale: f32 [R] or [1], [R, 2] or [1, 2] when split; None = float or dynamic activations.
         act_zero_point: int8, like act_scale. x ~ (q - zero_point) * scale.
+        pre_scale: f32 [I], factor of each input channel before it is quantized; the codes then stand for W / pre_scale. None = 1.
     """
 
     decision: LayerDecision
@@ -126,6 +129,7 @@ class LayerState:
     bias: torch.Tensor | None = None
     act_scale: torch.Tensor | None = None
     act_zero_point: torch.Tensor | None = None
+    pre_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ class QuantState:
 
 
 _ATTENTION_TENSORS = ("scales", "zero_points", "softmax_scale")
-_TENSORS = ("codes", "weight_scale", "weight_zero_point", "bias", "act_scale", "act_zero_point")
+_TENSORS = ("codes", "weight_scale", "weight_zero_point", "bias", "act_scale", "act_zero_point", "pre_scale")
 
 
 def write_state(folder: Path, state: QuantState) -> None:

@@ -28,7 +28,8 @@ def apply_state_(denoiser: nn.Module, state: QuantState) -> StepContext:
     step = StepContext(state.step_keys, state.row_mode)
     for name, layer in state.layers.items():
         original = checked_layer(denoiser, name, layer)
-        replace_(denoiser, name, build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step))
+        quantized = build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step, layer.pre_scale)
+        replace_(denoiser, name, quantized)
     load_floats_(denoiser, state.floats)
     attach_attention_(denoiser, state, step)
     step.attach(denoiser)

@@ -29,7 +29,7 @@ from qdm_cli.engine.runtime.size import Table
 
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_SIZE = "10GB"
-F32_LEAVES = ("weight_scale", "act_scale", "scale_out", "scale_in")
+F32_LEAVES = ("weight_scale", "act_scale", "pre_scale", "scale_out", "scale_in")
 _LINK_FROM = 2**20  # smaller files are copied, so that editing one never changes the source
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=(-\d{5}-of-\d{5})?\.safetensors|\.json)")
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")

@@ -96,7 +96,7 @@ def expanded(layer: PackedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor | N
     spec, bias = layer.spec, layer._buffers["bias"]
     bias = None if bias is None else bias.to(dtype)
     if spec.bits_w <= 4 or not spec.symmetric or spec.group is not None:
-        weight = layer.dequantized_weight().to(dtype)
+        weight = layer.coded_weight().to(dtype)
         return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight, bias
     if torch.compiler.is_compiling():
         flat = (layer.weight * layer.weight_scale[:, None]).to(dtype)

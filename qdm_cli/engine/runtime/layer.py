@@ -35,6 +35,7 @@ class LayerSpec:
         act: static, dynamic (measured per token or per image), or None with float activations.
         rows: rows of the activation tables; 1 = the same for every step; 0 = no table.
         split: inputs of the first of two packed halves, each with scales of its own; None = one range.
+        pre_scale: every input channel has a factor of its own before it is quantized.
     """
 
     kind: Literal["linear", "conv2d"]
@@ -54,6 +55,7 @@ class LayerSpec:
     rows: int = 0
     bias: bool = True
     split: int | None = None
+    pre_scale: bool = False
 
     @property
     def halves(self) -> tuple[LayerSpec, LayerSpec]:
@@ -81,7 +83,7 @@ class LayerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON fields, `in` and `out` by their short names, defaults of the geometry left out."""
-        optional = {"kernel", "stride", "padding", "dilation", "groups", "split"}
+        optional = {"kernel", "stride", "padding", "dilation", "groups", "split", "pre_scale"}
         defaults = {f.name: f.default for f in fields(self)}
         kept = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in optional or v != defaults[k]}
         return {"kind": kept.pop("kind"), "in": kept.pop("inputs"), "out": kept.pop("outputs"), **kept}
@@ -126,6 +128,7 @@ class LayerSpec:
             rows=(rows if decision.timestep_aware else 1) if static else 0,
             bias=layer.bias is not None,
             split=decision.split,
+            pre_scale=decision.pre_scale,
             **(_geometry(decision, layer) if decision.type == "Conv2d" else {}),
         )
         return _checked(spec, decision.name)
@@ -149,6 +152,8 @@ class LayerSpec:
             table["act_scale"] = ("F32", (self.rows,))
         if self.rows and not self.act_symmetric:
             table["act_zero_point"] = ("I8", (self.rows,))
+        if self.pre_scale:
+            table["pre_scale"] = ("F32", (self.inputs,))
         return table
 
 

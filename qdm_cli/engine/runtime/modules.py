@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.quant.attention import attach_attention_
 from qdm_cli.engine.quant.grid import IntGrid, PerChannel, PerGroup, broadcast, centred_codes
-from qdm_cli.engine.quant.modules import conv2d_channels_last, dynamic_qparams
+from qdm_cli.engine.quant.modules import conv2d_channels_last, dynamic_qparams, per_input
 from qdm_cli.engine.quant.state import LayerState, QuantState
 from qdm_cli.engine.quant.state_apply import checked_layer, load_floats_, replace_
 from qdm_cli.engine.runtime import gpu
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from qdm_cli.engine.runtime.split import PackedSplit
 
 _TORCH_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
-_BUFFERS = ("weight", "weight_scale", "weight_zero_point", "bias", "act_scale", "act_zero_point")
+_BUFFERS = ("weight", "weight_scale", "weight_zero_point", "bias", "act_scale", "act_zero_point", "pre_scale")
 
 
 class PackedLayer(nn.Module):
     """Shared part of PackedLinear and PackedConv2d.
 
     Buffers (None where `spec.tensors()` has no such entry): weight, packed codes; weight_scale f32 [O] or [O, G]; weight_zero_point int8;
-    bias f32 [O]; act_scale f32 [R]; act_zero_point int8 [R].
+    bias f32 [O]; act_scale f32 [R]; act_zero_point int8 [R]; pre_scale f32 [I], by which the input is multiplied first.
     """
 
     op = ""  # name of the qdm_kernels op
@@ -71,6 +71,11 @@ class PackedLayer(nn.Module):
 
     def forward(self, x: Tensor, *unused: object) -> Tensor:
         """x: float, [..., K] or [B, I, H, W] -> the same dtype. `unused`: diffusers passes a LoRA scale to some layers."""
+        factors = self._buffers["pre_scale"]
+        return self._forward(x) if factors is None else self._forward(x.float() * self._per_output(factors)).to(x.dtype)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """The layer on an input whose channels have their factors."""
         if gpu.is_gpu(self.weight.device):
             return gpu.forward(self, x)
         if self.choice(x).kernel == "float":
@@ -133,9 +138,14 @@ class PackedLayer(nn.Module):
         zero = self._buffers["weight_zero_point"]
         return codes if zero is None else codes - self._per_weight(zero.float())
 
-    def dequantized_weight(self) -> Tensor:
-        """f32 weight with the quantization error in it."""
+    def coded_weight(self) -> Tensor:
+        """f32 weight that the codes stand for."""
         return self.centred_weight() * self._per_weight(self.weight_scale)
+
+    def dequantized_weight(self) -> Tensor:
+        """f32 weight that the layer multiplies its input with, quantization error included."""
+        weight, factors = self.coded_weight(), self._buffers["pre_scale"]
+        return weight if factors is None else weight * per_input(factors, weight)
 
     @property
     def prepared(self) -> Any:
@@ -166,7 +176,7 @@ class PackedLayer(nn.Module):
         A GPU, whose memory is scarcer, expands it in every call.
         """
         if self._floats is None or self._floats.device != self.weight.device:
-            made = self.centred_weight() if self.spec.group is None else self.dequantized_weight()
+            made = self.centred_weight() if self.spec.group is None else self.coded_weight()
             if self.weight.device.type != "cpu":
                 return made
             self._floats = made
@@ -183,7 +193,7 @@ class PackedLayer(nn.Module):
     def plain_weight(self) -> Tensor:
         """f32 dequantized weight for layers that run in floating point, expanded once."""
         if self._plain is None:
-            weight = self.dequantized_weight()
+            weight = self.coded_weight()
             self._plain = weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
         return self._plain
 

@@ -112,8 +112,8 @@ class SharedInput:
 def _same_codes(own: PackedLinear, other: PackedLinear) -> bool:
     """Do both turn the same input into the same codes, so that one product can serve both?"""
     a, b = own.spec, other.spec
-    fields = ("inputs", "bits_a", "group", "act", "act_symmetric", "rows", "bias")
-    if a.bits_a is None or a.group is not None or any(getattr(a, name) != getattr(b, name) for name in fields):
+    fields = ("inputs", "bits_a", "group", "act", "act_symmetric", "rows", "bias", "pre_scale")
+    if a.bits_a is None or a.group is not None or a.pre_scale or any(getattr(a, name) != getattr(b, name) for name in fields):
         return False
     pairs = [(own._buffers[name], other._buffers[name]) for name in ("act_scale", "act_zero_point")]
     return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)

@@ -37,6 +37,9 @@ POLICIES = {
     "dynamic-symmetric": {"act_mode": "dynamic", "act_symmetric": True},
     "groups": {"group_size": 4},
     "groups-weight-only": {"group_size": 2, "bits_a": None},
+    "pre-scale": {"bits_a": 4, "pre_scale": True},
+    "pre-scale-dynamic": {"act_mode": "dynamic", "pre_scale": True},
+    "pre-scale-weight-only": {"bits_a": None, "pre_scale": True},
 }
 
 
@@ -50,13 +53,15 @@ def build(kind: str, make_layer_state, rows: int = 1, **policy):
 
 
 def simulated(original: nn.Module, state: LayerState, step: StepContext) -> nn.Module:
-    return build_layer(original, state.decision, CodedWeight(state), state.bias, scales_of(state), step)
+    return build_layer(original, state.decision, CodedWeight(state), state.bias, scales_of(state), step, state.pre_scale)
 
 
 def oracle(original: nn.Module, state: LayerState, x: torch.Tensor, row: int = 0) -> torch.Tensor:
     """The integer formula in float64, for static activations and scales per channel."""
     z, s = state.act_zero_point[row].double(), state.act_scale[row].double()
     half = 2 ** (state.decision.bits_a - 1)
+    if state.pre_scale is not None:
+        x = x * state.pre_scale.view(-1, *[1] * (2 * (x.ndim == 4)))
     q = torch.round((x.float() * state.act_scale[row].reciprocal()).double().clamp(-half - z, half - 1 - z))
     shape = (-1, *[1] * (state.codes.ndim - 1))
     w = state.codes.double() - state.weight_zero_point.double().view(shape)
@@ -69,7 +74,7 @@ def oracle(original: nn.Module, state: LayerState, x: torch.Tensor, row: int = 0
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("policy", ["w4a8", "w4a4", "w8a8", "w3a5", "symmetric"])
+@pytest.mark.parametrize("policy", ["w4a8", "w4a4", "w8a8", "w3a5", "symmetric", "pre-scale"])
 def test_outputs_are_the_integer_formula(kind: str, policy: str, make_layer_state) -> None:
     original, state, x = build(kind, make_layer_state, **POLICIES[policy])
     y, want = packed_from_state(state, original, 1)(x), oracle(original, state, x)
@@ -88,7 +93,7 @@ def test_simulated_and_packed_layers_agree_to_the_bit(kind: str, policy: str, ma
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 @pytest.mark.parametrize("timestep", [100.0, 640, torch.tensor([900.0, 130.0])], ids=["row", "between", "per-sample"])
 @pytest.mark.parametrize("kind", ["linear", "conv3x3"])
-@pytest.mark.parametrize("policy", ["w4a8", "symmetric"])
+@pytest.mark.parametrize("policy", ["w4a8", "symmetric", "pre-scale"])
 def test_step_rows(kind: str, mode, timestep, policy: str, make_layer_state) -> None:
     original, state, x = build(kind, make_layer_state, rows=3, **POLICIES[policy])
     x = x[:2]
@@ -188,7 +193,7 @@ def test_the_spec_survives_json_and_later_keys() -> None:
         LayerSpec.from_dict({"kind": "linear", "in": 3, "out": 4})
 
 
-@pytest.mark.parametrize("policy", ["w4a8", "w4a4", "dynamic", "weight-only"])
+@pytest.mark.parametrize("policy", ["w4a8", "w4a4", "dynamic", "weight-only", "pre-scale"])
 def test_a_denoiser_packed_in_memory_equals_the_simulated_one(policy: str, tiny_unet, make_state) -> None:
     state = make_state(tiny_unet, **POLICIES[policy])
     simulation, packed = copy.deepcopy(tiny_unet), copy.deepcopy(tiny_unet)
