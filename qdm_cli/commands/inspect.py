@@ -15,7 +15,20 @@ if TYPE_CHECKING:
 
     from qdm_cli.engine.artifact import Artifact
 
-_COLUMNS = ("name", "type", "shape", "bits_w", "bits_a", "granularity", "split", "pre_scale", "timestep_rows", "bytes", "rule", "skipped_why")
+_COLUMNS = (
+    "name",
+    "type",
+    "shape",
+    "bits_w",
+    "bits_a",
+    "granularity",
+    "split",
+    "pre_scale",
+    "timestep_rows",
+    "bytes",
+    "rule",
+    "skipped_why",
+)
 _HERE = ("kernel", "why_not")  # of this machine
 
 

@@ -15,6 +15,7 @@ METHODS: dict[str, dict[str, str]] = {
         "mse": "qdm_cli.engine.methods.ptq:MseConfig",
         "percentile": "qdm_cli.engine.methods.ptq:PercentileConfig",
         "qdiffusion": "qdm_cli.engine.methods.qdiffusion:QDiffusionConfig",
+        "tcaqdm": "qdm_cli.engine.methods.tcaqdm:TcaqDmConfig",
     },
     "finetune": {
         "efficientdm": "qdm_cli.engine.methods.efficientdm:EfficientDMConfig",
@@ -35,7 +36,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def method(config: type) -> Callable[[F], F]:
-    """Register one function `(denoiser, cfg, ctx) -> result` for a config class.
+    """Register one function `(denoiser, cfg, ctx, **inputs) -> result` for a config class.
+
+    Inputs by stage: calibrate gives `decisions`, `store` (trajectories of the full-precision model) and `sample` (makes trajectories of a
+    changed copy of it).
 
     Raises:
         ValueError: the class has a function already.

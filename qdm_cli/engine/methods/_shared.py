@@ -1,13 +1,17 @@
-"""Settings that every calibration method has. Methods do not import each other: what they share lies here."""
+"""Settings that calibration methods share: those of all, and those of reconstruction. Methods do not import each other."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from qdm_cli.engine.quant.config import Bits
 from qdm_cli.engine.spec import Bytes, Spec
+
+if TYPE_CHECKING:
+    from qdm_cli.engine.quant.fit_rounding import RoundingSettings
+    from qdm_cli.engine.quant.fit_steps import StepSettings
 
 
 class CalibrationData(Spec):
@@ -37,3 +41,67 @@ class CalibrateConfig(Spec):
     """Widths to measure; `quantize.auto` chooses among them."""
     sensitivity_samples: int = Field(8, ge=1)
     """Inputs per timestep of the layers' errors, and images of the final error."""
+
+
+Effort = Literal["fast", "balanced", "best"]
+SMOKE_UPDATES = 4
+ROUNDING: dict[str, tuple[int, float]] = {"fast": (300, 3e-2), "balanced": (1000, 1e-2), "best": (20000, 1e-3)}
+STEPS: dict[str, tuple[int, float]] = {"fast": (100, 1e-2), "balanced": (400, 5e-3), "best": (5000, 4e-4)}
+
+
+class RoundingConfig(Spec):
+    """AdaRound of the weights of a unit (section 3.2 of the paper)."""
+
+    iterations: int | None = Field(None, ge=0)
+    """Updates per unit; null = by `effort` (300, 1,000 or the paper's 20,000)."""
+    lr: float | None = Field(None, gt=0)
+    """Rate of Adam; null = by `effort` (3e-2, 1e-2 or the paper's 1e-3)."""
+    penalty: float = Field(0.01, ge=0)
+    """Weight of the regulariser that makes every weight decide."""
+    warmup: float = Field(0.2, ge=0, lt=1)
+    """Share of the updates before the regulariser sets in."""
+    max_bits: int = Field(8, ge=2, le=8)
+    """Units whose weights all have more bits are rounded to nearest: at 8 bits the gain is below 1e-4 of the output."""
+
+
+class StepSizeConfig(Spec):
+    """Activation step sizes, after the weights."""
+
+    init: Literal["max", "mse", "running"] = "mse"
+    """Ranges to start from. running = moving average of smallest and largest value (momentum 0.95) over all calibration data."""
+    iterations: int | None = Field(None, ge=0)
+    """LSQ updates per unit; null = by `effort` (100, 400 or the paper's 5,000); 0 = keep the initial ranges."""
+    lr: float | None = Field(None, gt=0)
+    """Rate of the logarithm of a step size, cosine to 0; null = by `effort` (1e-2, 5e-3 or 4e-4)."""
+    exponent: float = Field(2.4, gt=0)
+    """Exponent of the output error."""
+
+
+def rounding_settings(cfg: RoundingConfig, effort: Effort, batch: int, *, smoke: bool) -> RoundingSettings:
+    """Resolved: what is not set follows `effort`."""
+    from qdm_cli.engine.quant.fit_rounding import RoundingSettings
+
+    iterations, lr = ROUNDING[effort]
+    wanted = iterations if cfg.iterations is None else cfg.iterations
+    return RoundingSettings(
+        iterations=min(SMOKE_UPDATES, wanted) if smoke else wanted,
+        batch=min(SMOKE_UPDATES, batch) if smoke else batch,
+        lr=cfg.lr or lr,
+        penalty=cfg.penalty,
+        warmup=cfg.warmup,
+        max_bits=cfg.max_bits,
+    )
+
+
+def step_settings(cfg: StepSizeConfig, effort: Effort, batch: int, *, smoke: bool) -> StepSettings:
+    """Resolved: what is not set follows `effort`."""
+    from qdm_cli.engine.quant.fit_steps import StepSettings
+
+    iterations, lr = STEPS[effort]
+    wanted = iterations if cfg.iterations is None else cfg.iterations
+    return StepSettings(
+        iterations=min(SMOKE_UPDATES, wanted) if smoke else wanted,
+        batch=min(SMOKE_UPDATES, batch) if smoke else batch,
+        lr=cfg.lr or lr,
+        exponent=cfg.exponent,
+    )

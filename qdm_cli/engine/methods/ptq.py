@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qdm_cli.engine.context import RunContext
-    from qdm_cli.engine.quant.state import QuantState
+    from qdm_cli.engine.diffusion.trajectories import TrajectoryStore
+    from qdm_cli.engine.quant.state import LayerDecision, QuantState
 
 
 class MinMaxConfig(CalibrateConfig):
@@ -39,8 +40,10 @@ class PercentileConfig(CalibrateConfig):
 @method(MinMaxConfig)
 @method(MseConfig)
 @method(PercentileConfig)
-def post_training(denoiser: nn.Module, cfg: CalibrateConfig, ctx: RunContext, **inputs: Any) -> QuantState:
+def post_training(
+    denoiser: nn.Module, cfg: CalibrateConfig, ctx: RunContext, *, decisions: list[LayerDecision], store: TrajectoryStore, **unused: Any
+) -> QuantState:
     """Initialise every weight and activation range of a converted denoiser from its calibration trajectories."""
     from qdm_cli.engine.quant.calibration import initialise_ranges
 
-    return initialise_ranges(denoiser, cfg, ctx, **inputs)
+    return initialise_ranges(denoiser, cfg, ctx, decisions=decisions, store=store)

@@ -72,6 +72,13 @@ class RoundedWeight(nn.Module):
         self.floor = torch.floor(scaled)
         self.v = nn.Parameter(inverse_rectified_sigmoid(scaled - self.floor))
 
+    @torch.no_grad()
+    def lean_(self, codes: torch.Tensor, share: float) -> None:
+        """Start from a mean of the float weight and the roundings of `codes`, which count `share`; 0 changes nothing."""
+        if share:
+            up = (codes.float() - self.zero_point - self.floor).clamp(0, 1)
+            self.v.copy_(inverse_rectified_sigmoid((1 - share) * self.h() + share * up))
+
     def h(self) -> torch.Tensor:
         """Soft rounding, the weight's shape: 0 = down, 1 = up."""
         return rectified_sigmoid(self.v)

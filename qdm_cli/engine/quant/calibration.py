@@ -83,10 +83,10 @@ def code_layer(
     bias = getattr(module, "bias", None)
     return LayerState(
         decision=decision,
-        codes=quantize(weight, params, grid, granularity),
-        weight_scale=params.scale,
-        weight_zero_point=params.zero_point.to(torch.int8),
-        bias=None if bias is None else bias.detach().float().clone(),
+        codes=quantize(weight, params, grid, granularity).cpu(),
+        weight_scale=params.scale.cpu(),
+        weight_zero_point=params.zero_point.to(torch.int8).cpu(),
+        bias=None if bias is None else bias.detach().float().cpu().clone(),
         act_scale=None if activation is None else activation.scale,
         act_zero_point=None if activation is None else activation.zero_point.to(torch.int8),
         pre_scale=pre_scale,
@@ -250,12 +250,17 @@ def thin(x: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
     return flat
 
 
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 @contextmanager
 def watched_inputs(denoiser: nn.Module, names: Any, on_input: Any) -> Iterator[None]:
-    """Call `on_input(name, x)` with the first argument of every named layer, at each of its calls inside the block."""
+    """Call `on_input(name, x)` with what every named layer quantizes, at each of its calls inside the block: its first argument, times
+    the factors of its channels where it has some."""
     handles = []
     for name in names:
-        hook = lambda module, args, name=name: on_input(name, args[0])  # noqa: E731
+        hook = lambda module, args, name=name: on_input(name, getattr(module, "scaled_input", _as_it_is)(args[0]))  # noqa: E731
         handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook))
     try:
         yield

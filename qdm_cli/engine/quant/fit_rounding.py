@@ -83,7 +83,7 @@ class RoundingFit:
     def _put(self, name: str, weight: torch.nn.Module) -> None:
         state = self.layers[name]
         decision = replace(state.decision, bits_a=None)
-        layer = build_layer(self.pair.full.get_submodule(name), decision, weight, state.bias, None, self.pair.step, state.pre_scale)
+        layer = build_layer(self.pair.full.get_submodule(name), decision, weight, state.bias, None, self.pair.step, state.own_factors)
         replace_(self.pair.student, name, layer.to(self.pair.device))
 
     def _soften(self, unit: Unit) -> dict[str, RoundedWeight]:
@@ -91,7 +91,7 @@ class RoundingFit:
         for name in unit.layers:
             state, original = self.layers[name], self.pair.full.get_submodule(name)
             params = QParams(state.weight_scale.to(self.pair.device), state.weight_zero_point.float().to(self.pair.device))
-            weight = weight_before_codes(cast(torch.Tensor, original.weight), _on(state.pre_scale, self.pair.device))
+            weight = weight_before_codes(cast(torch.Tensor, original.weight), state.pre_scale)
             weights[name] = RoundedWeight(weight, state.decision, params)
             self._put(name, weights[name])
         return weights
@@ -114,10 +114,6 @@ class RoundingFit:
     def _error(self, unit: Unit, data: UnitData) -> float:
         module = self.pair.student.get_submodule(unit.name)
         return checked_error(module, data, self.pair.step, self.pair.device, self.settings.batch)
-
-
-def _on(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if value is None else value.to(device)
 
 
 def undecided_warning(figures: list[dict[str, Any]]) -> str | None:

@@ -73,7 +73,7 @@ class StepFit:
                 state = self.layers[name] = replace(state, act_scale=scales[name])
             original = self.pair.full.get_submodule(name)
             layer = build_layer(
-                original, state.decision, CodedWeight(state), state.bias, scales_of(state), self.pair.step, state.pre_scale
+                original, state.decision, CodedWeight(state), state.bias, scales_of(state), self.pair.step, state.own_factors
             )
             replace_(self.pair.student, name, layer.to(self.pair.device))
 

@@ -261,6 +261,6 @@ def per_input(pre_scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def weight_before_codes(weight: torch.Tensor, pre_scale: torch.Tensor | None) -> torch.Tensor:
-    """The float weight that the codes of a layer stand for: W / pre_scale, in f32."""
+    """The float weight that the codes of a layer stand for: W / pre_scale, in f32, on the weight's device."""
     weight = weight.detach().float()
-    return weight if pre_scale is None else weight / per_input(pre_scale, weight)
+    return weight if pre_scale is None else weight / per_input(pre_scale.to(weight.device), weight)

@@ -127,7 +127,7 @@ def build_student(
         weight = weight_before_codes(cast(torch.Tensor, original.weight), layer.pre_scale)
         adapter_rank = 0 if layer.decision.role in EDGE_ROLES and layer.decision.bits_w == 8 else rank
         source = QALoRAWeight(layer, weight if base == "fp" else None, adapter_rank, rng)
-        quantized = build_layer(original, layer.decision, source, layer.bias, scales_of(layer), step, layer.pre_scale).to(device)
+        quantized = build_layer(original, layer.decision, source, layer.bias, scales_of(layer), step, layer.own_factors).to(device)
         source.scale.requires_grad_(True)
         if quantized.scales is not None:
             quantized.scales.train_()

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.quant.grid import QParams, dequantize
-from qdm_cli.engine.quant.modules import per_input, weight_granularity
+from qdm_cli.engine.quant.modules import per_input, weight_before_codes, weight_granularity
 from qdm_cli.engine.quant.state import LayerState, QuantState
 
 
 def dequantized_weight(layer: LayerState) -> torch.Tensor:
     """The float weight that the layer multiplies its input with, in f32 and the weight's shape."""
     weight = dequantize(layer.codes, QParams(layer.weight_scale, layer.weight_zero_point.float()), weight_granularity(layer.decision))
-    return weight if layer.pre_scale is None else weight * per_input(layer.pre_scale, weight)
+    return weight if layer.own_factors is None else weight * per_input(layer.own_factors, weight)
 
 
 def layer_rows(state: QuantState) -> list[dict[str, Any]]:
@@ -52,7 +52,8 @@ def weight_metrics(denoiser: nn.Module, state: QuantState) -> dict[str, Any]:
     """`bit_metrics`, and the SQNR of all quantized weights together, in dB."""
     signal = noise = 0.0
     for name, layer in state.layers.items():
-        weight = denoiser.get_submodule(name).weight.detach().float().cpu()  # type: ignore[operator]
+        factors = None if layer.decision.pre_scale else layer.pre_scale
+        weight = weight_before_codes(denoiser.get_submodule(name).weight.cpu(), factors)  # type: ignore[operator]
         signal += float(weight.square().sum())
         noise += float((weight - dequantized_weight(layer)).square().sum())
     return {"weight_sqnr_db": 10 * torch.tensor(signal / max(noise, 1e-30)).log10().item(), **bit_metrics(state)}

@@ -85,7 +85,7 @@ class ScaledLayer(QuantizedLayer):
     """
 
     def __init__(self, state: LayerState, original: nn.Module, tables: ScaleTables, activation: Any, step: StepContext):
-        super().__init__(state.decision, nn.Identity(), state.bias, activation, step, state.pre_scale)
+        super().__init__(state.decision, nn.Identity(), state.bias, activation, step, state.own_factors)
         conv = (original.stride, original.padding, original.dilation, original.groups) if state.decision.type == "Conv2d" else None
         self.conv = conv
         self.register_buffer("packed", pack_codes(state.codes, state.decision.bits_w), persistent=False)
@@ -153,7 +153,7 @@ def build_scaled_(denoiser: nn.Module, state: QuantState, start: ScaleSet) -> tu
         if name in start.layers:
             new = ScaledLayer(layer, original, tables, scales_of(layer), step)
         else:
-            new = build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step, layer.pre_scale)
+            new = build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step, layer.own_factors)
         replace_(denoiser, name, new.to(next(original.parameters()).device))
     load_floats_(denoiser, state.floats)
     tables.to(next(denoiser.parameters()).device)

@@ -119,7 +119,9 @@ class LayerState:
         bias: f32 [O] or None.
         act_scale: f32 [R] or [1], [R, 2] or [1, 2] when split; None = float or dynamic activations.
         act_zero_point: int8, like act_scale. x ~ (q - zero_point) * scale.
-        pre_scale: f32 [I], factor of each input channel before it is quantized; the codes then stand for W / pre_scale. None = 1.
+        pre_scale: f32 [I]: the codes stand for W / pre_scale, because each input channel is multiplied by its factor before it is
+            quantized: by the layer where `decision.pre_scale` says so, else by the norm before it, whose affine parameters hold the
+            factors. None = 1.
     """
 
     decision: LayerDecision
@@ -130,6 +132,11 @@ class LayerState:
     act_scale: torch.Tensor | None = None
     act_zero_point: torch.Tensor | None = None
     pre_scale: torch.Tensor | None = None
+
+    @property
+    def own_factors(self) -> torch.Tensor | None:
+        """What the layer itself multiplies its input with; None = 1."""
+        return self.pre_scale if self.decision.pre_scale else None
 
 
 @dataclass(frozen=True)

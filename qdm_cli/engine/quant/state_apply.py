@@ -28,12 +28,18 @@ def apply_state_(denoiser: nn.Module, state: QuantState) -> StepContext:
     step = StepContext(state.step_keys, state.row_mode)
     for name, layer in state.layers.items():
         original = checked_layer(denoiser, name, layer)
-        quantized = build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step, layer.pre_scale)
-        replace_(denoiser, name, quantized)
+        quantized = build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step, layer.own_factors)
+        replace_(denoiser, name, quantized.to(_device_of(original)))
     load_floats_(denoiser, state.floats)
     attach_attention_(denoiser, state, step)
     step.attach(denoiser)
     return step
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's weight lies; the CPU for one without contents."""
+    device: torch.device = layer.weight.device  # type: ignore[union-attr, assignment]
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def scales_of(layer: LayerState) -> StepScales | None:
@@ -67,10 +73,11 @@ def replace_(denoiser: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def load_floats_(denoiser: nn.Module, floats: dict[str, torch.Tensor]) -> None:
-    """Copy trained parameters that lie outside quantized layers."""
+    """Put changed parameters that lie outside quantized layers in place of those of `denoiser`, which another model may share."""
     own = dict(denoiser.named_parameters())
-    with torch.no_grad():
-        for name, value in floats.items():
-            if name not in own:
-                raise InputError(f"The quantized state has a parameter '{name}' that {type(denoiser).__name__} lacks.")
-            own[name].copy_(value)
+    for name, value in floats.items():
+        if name not in own:
+            raise InputError(f"The quantized state has a parameter '{name}' that {type(denoiser).__name__} lacks.")
+        path, _, leaf = name.rpartition(".")
+        changed = nn.Parameter(value.detach().to(own[name]), requires_grad=own[name].requires_grad)
+        setattr(denoiser.get_submodule(path), leaf, changed)

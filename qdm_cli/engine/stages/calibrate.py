@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,8 @@ CALIBRATION_START = 1_000_000
 """Index of the first calibration sample: its noise is never that of an evaluated image."""
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from qdm_cli.engine.artifact import Artifact
     from qdm_cli.engine.context import RunContext
     from qdm_cli.engine.quant.state import LayerDecision
@@ -44,12 +48,13 @@ def calibrate(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResul
     )
     decisions = resolve(loaded.denoiser, recipe.quantize)
     started = time.monotonic()
-    folder = capture(loaded, spec, ctx)
+    folder = capture(loaded, spec, ctx, ctx.resume / "trajectories", samples=spec.data.samples)
     captured = time.monotonic()
     store = TrajectoryStore(folder)
     decisions, chosen = choose_bits(loaded, decisions, spec, ctx, store)
     measured = time.monotonic()
-    state = function_of(spec)(loaded.denoiser, spec, ctx, decisions=decisions, store=store)
+    sample = partial(own_trajectories, loaded, spec, ctx)
+    state = function_of(spec)(loaded.denoiser, spec, ctx, decisions=decisions, store=store, sample=sample)
     state = with_attention(state, loaded.denoiser, recipe.quantize, store, spec.samples_per_step)
     write_state(ctx.payload, state)
     folder.rename(ctx.payload / "trajectories")
@@ -95,15 +100,26 @@ def choose_bits(
     return decisions, chosen
 
 
-def capture(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Path:
+def own_trajectories(
+    loaded: LoadedPipeline, spec: Any, ctx: RunContext, denoiser: nn.Module, folder: Path, *, first: int, samples: int
+) -> TrajectoryStore:
+    """Trajectories that a changed copy of the denoiser makes by itself; `first`: index of their noise, beyond the calibration samples."""
+    pipeline, original = loaded.pipeline, loaded.denoiser
+    setattr(pipeline, loaded.component, denoiser)
+    try:
+        return TrajectoryStore(capture(replace(loaded, denoiser=denoiser), spec, ctx, folder, samples=samples, first=first))
+    finally:
+        setattr(pipeline, loaded.component, original)
+
+
+def capture(loaded: LoadedPipeline, spec: Any, ctx: RunContext, folder: Path, *, samples: int, first: int = 0) -> Path:
     """Run the pipeline batch by batch and stream its denoiser calls to disk; finished batches are not run again."""
     recipe, data = ctx.recipe, spec.data
-    folder = ctx.resume / "trajectories"
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = prompts_for(data.prompts, data.samples)
-    starts = range(0, data.samples, data.batch)
+    prompts = prompts_for(data.prompts, samples)
+    starts = range(0, samples, data.batch)
     for batch, start in enumerate(starts):
-        count = min(data.batch, data.samples - start)
+        count = min(data.batch, samples - start)
         if not batch_done(folder, batch):
             writer = TrajectoryWriter(folder, batch, data.shard_size)
             with captured_calls(loaded.denoiser, writer.add):
@@ -114,11 +130,11 @@ def capture(loaded: LoadedPipeline, spec: Any, ctx: RunContext) -> Path:
                     prompts=prompts,
                     seed=recipe.seed,
                     batch=count,
-                    start=CALIBRATION_START + start,
+                    start=CALIBRATION_START + first + start,
                     output="latent",
                 )
             writer.close()
         ctx.events.progress("trajectories", batch + 1, len(starts))
-    manifest = {"model": loaded.identity, "sampler": recipe.sampler.model_dump(mode="json"), "seed": recipe.seed, "samples": data.samples}
+    manifest = {"model": loaded.identity, "sampler": recipe.sampler.model_dump(mode="json"), "seed": recipe.seed, "samples": samples}
     write_index(folder, manifest)
     return folder
