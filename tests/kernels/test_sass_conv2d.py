@@ -23,7 +23,7 @@ ODD = ("M", "H", "W", "OH", "OW", "BLOCKS", "BLOCKS_PER_SPLIT")
 GEOMETRY = {"KH": 3, "KW": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1}
 FULL: dict[str, Any] = {
     "WIDE": False, "PER_IMAGE": False, "TABLES": 3, "HAS_BIAS": True, "HAS_RESIDUAL": True,
-    "ACTIVATION": "none", "ASM": True, "EVEN_C": True, "SPLIT": False, "GROUP_M": GROUP_M,
+    "ACTIVATION": "none", "ASM": True, "EVEN_C": True, "SWAP": False, "SPLIT": False, "GROUP_M": GROUP_M,
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -39,7 +39,7 @@ FEW = {(128, 128, 64), (64, 64, 64)}  # (bm, bn, bk) of the tiles on which the o
 
 def compiled(tile: Tile, bits: int, capability: int, change: dict[str, Any]) -> Compiled:
     types = {**POINTERS, **SIZES, "w_ptr": "*i8" if bits == 8 else "*u8"} | {k: v for k, v in change.items() if k.endswith("_ptr")}
-    fixed = GEOMETRY | FULL | {"BITS": bits, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
+    fixed = GEOMETRY | FULL | {"BITS": bits, "SWAP": tile.swap, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
     fixed |= {k: v for k, v in change.items() if not k.endswith("_ptr")}
     return compile_for(conv2d_kernel, capability, types, fixed, warps=tile.warps, stages=tile.stages, odd=ODD, max_registers=tile.registers)
 

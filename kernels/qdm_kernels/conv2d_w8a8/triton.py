@@ -18,7 +18,7 @@ from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.epilogue.triton import pick, store
 from qdm_kernels.exact import subtract_zero_point, value_range
 from qdm_kernels.gemm.tiles import Plan, aligned
-from qdm_kernels.gemm.triton import COMPILED, plane_offsets, tile_of, unpack_high, unpack_low
+from qdm_kernels.gemm.triton import COMPILED, multiply, plane_offsets, tile_of, unpack_high, unpack_low
 from qdm_kernels.gemm.triton import launch as run
 from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.layout import pack_int4, padded_length
@@ -86,7 +86,7 @@ def conv2d_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    BITS: tl.constexpr, ASM: tl.constexpr, EVEN_C: tl.constexpr, SPLIT: tl.constexpr,
+    BITS: tl.constexpr, ASM: tl.constexpr, EVEN_C: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One [BM, BN] tile of the output, or, with SPLIT, of the raw sums of one share of K.
@@ -110,23 +110,25 @@ def conv2d_kernel(
     w_tile = w_ptr + (offs_n.to(tl.int64) if WIDE else offs_n)[:, None] * (KH * KW * BLOCKS * width) + tl.arange(0, width)[None, :]
 
     begin = tl.program_id(1) * BLOCKS_PER_SPLIT
-    acc = tl.zeros((BM, BN), dtype=tl.int32)
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.int32)
     for block in range(begin, tl.minimum(begin + BLOCKS_PER_SPLIT, KH * KW * BLOCKS)):
         tap, c = block // BLOCKS, (block % BLOCKS) * BK
         r, s = (tap // KW) * DH, (tap % KW) * DW
         inside = (m_ok & (ih0 + r >= 0) & (ih0 + r < H) & (iw0 + s >= 0) & (iw0 + s < W))[:, None]
         x_tile = x_ptr + (x_row + (r * W + s) * C + c)[:, None] + offs_c[None, :]
-        weight = tl.load(w_tile + block * width, mask=n_ok[:, None], other=0).T
+        weight = tl.load(w_tile + block * width, mask=n_ok[:, None], other=0)
         if BITS == 8:
             a = tl.load(x_tile, mask=inside if EVEN_C else inside & (c + offs_c < C)[None, :], other=0)
-            acc = tl.dot(a, weight, acc, out_dtype=tl.int32)
+            acc = multiply(a, weight, acc, SWAP)
         else:
             low = tl.load(x_tile, mask=inside if EVEN_C else inside & (c + offs_c < C)[None, :], other=0)
             high = tl.load(x_tile + 32, mask=inside if EVEN_C else inside & (c + offs_c + 32 < C)[None, :], other=0)
-            acc = tl.dot(low, unpack_low(weight, ASM), acc, out_dtype=tl.int32)
-            acc = tl.dot(high, unpack_high(weight, ASM), acc, out_dtype=tl.int32)
+            acc = multiply(low, unpack_low(weight, ASM), acc, SWAP)
+            acc = multiply(high, unpack_high(weight, ASM), acc, SWAP)
     if BITS == 4:
         acc = acc >> 4  # every product carries the factor 16 of a nibble kept in the high half
+    if SWAP:
+        acc = acc.T
 
     if SPLIT:
         at = (tl.program_id(1).to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
@@ -268,7 +270,7 @@ def launch(
     work = torch.empty((splits, m, f), dtype=torch.int32, device=device) if split else None
     blocks = channels // tile.bk
     shape = (kh, kw, *g.stride, *g.padding, *g.dilation)
-    constants = (*shape, *flags, bits, COMPILED, c % tile.bk == 0, split, tile.bm, tile.bn, tile.bk, GROUP_M)
+    constants = (*shape, *flags, bits, COMPILED, c % tile.bk == 0, tile.swap, split, tile.bm, tile.bn, tile.bk, GROUP_M)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": False}
     run(
         conv2d_kernel, (triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), splits, 1),

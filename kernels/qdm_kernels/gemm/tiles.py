@@ -100,6 +100,19 @@ LINEAR_TILES = (
     Tile(16, 64, 128, 4, 8, swap=True),
     Tile(16, 128, 128, 4, 5, swap=True),
 )
+# For packed weights: on the rows' side they go from registers to the tensor cores, else once more through shared memory.
+PACKED_TILES = (
+    Tile(128, 128, 128, 8, 3, 128, swap=True, since=90),
+    Tile(128, 128, 128, 8, 4, 128, swap=True, since=90),
+    Tile(128, 128, 128, 4, 3, swap=True, since=90),
+    Tile(128, 128, 64, 8, 5, 128, swap=True, since=90),
+    Tile(64, 128, 128, 8, 4, 128, swap=True, since=90),
+    Tile(64, 128, 128, 4, 4, swap=True, since=90),
+    Tile(128, 64, 128, 4, 4, swap=True, since=90),
+    Tile(64, 64, 128, 4, 4, swap=True, since=90),
+    Tile(256, 64, 128, 4, 3, swap=True, since=90),
+    Tile(256, 128, 128, 8, 3, swap=True, since=90),
+)
 
 
 def choose_plan(op: str, m: int, n: int, k: int, device: torch.device) -> Plan:

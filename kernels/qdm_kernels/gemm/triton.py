@@ -60,6 +60,16 @@ def plane_offsets(WIDTH: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def multiply(x, w, acc, SWAP: tl.constexpr):
+    """acc + x w^T, or its transpose: x [BM, k], w [BN, k] int8."""
+    if SWAP:
+        acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
+    else:
+        acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit
 def unpack_low(packed, ASM: tl.constexpr):
     """16 * the low nibble, signed: uint8 -> int8. ASM: four bytes by two instructions; the interpreter takes the plain form."""
     if ASM:

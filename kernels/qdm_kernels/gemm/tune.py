@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qdm_kernels.conv2d_w8a8.tiles import CONV_TILES, fits_conv
 from qdm_kernels.epilogue.reference import Epilogue
-from qdm_kernels.gemm.tiles import LINEAR_TILES, SHARED_BYTES, Plan, Tile, bucket, entry, modelled, processors
+from qdm_kernels.gemm.tiles import LINEAR_TILES, PACKED_TILES, SHARED_BYTES, Plan, Tile, bucket, entry, modelled, processors
 from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.layout import padded_length
 
@@ -101,7 +101,7 @@ def candidates(problem: Problem, device: torch.device) -> list[Plan]:
     capability, count = processors(device)
     limit, rows = SHARED_BYTES.get(capability, 101_376), bucket(problem.rows)
     plans: list[Plan] = []
-    for tile in CONV_TILES if problem.side else LINEAR_TILES:
+    for tile in _tiles(problem):
         if tile.since > capability or tile.shared_bytes > limit or not _suits(tile, problem, rows, capability):
             continue
         programs = -(-problem.rows // tile.bm) * -(-problem.outputs // tile.bn)
@@ -111,10 +111,15 @@ def candidates(problem: Problem, device: torch.device) -> list[Plan]:
     return sorted(plans, key=lambda plan: plan != first)
 
 
+def _tiles(problem: Problem) -> tuple[Tile, ...]:
+    """Packed weights may change places with x; for others that gains nothing but with few rows."""
+    return (*(CONV_TILES if problem.side else LINEAR_TILES), *(PACKED_TILES if problem.bits == 4 else ()))
+
+
 def _suits(tile: Tile, problem: Problem, rows: int, capability: int) -> bool:
     if problem.side:
-        return fits_conv(tile, padded_length(problem.inputs), capability) and not tile.swap
-    return problem.terms % tile.bk == 0 and (tile.bm >= min(rows, 16) and rows <= 32 if tile.swap else rows > 16)
+        return fits_conv(tile, padded_length(problem.inputs), capability)
+    return problem.terms % tile.bk == 0 and (rows <= 32 if tile.swap and tile.bm <= 32 else rows > 32)
 
 
 class Layer:

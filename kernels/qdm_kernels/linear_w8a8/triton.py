@@ -16,23 +16,13 @@ from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.epilogue.triton import pick, store
 from qdm_kernels.exact import subtract_zero_point, value_range
 from qdm_kernels.gemm.tiles import GROUP_M, Plan, aligned, choose_plan
-from qdm_kernels.gemm.triton import COMPILED, kinds, plane_offsets, scalar_on, tile_of, unpack_high, unpack_low
+from qdm_kernels.gemm.triton import COMPILED, kinds, multiply, plane_offsets, scalar_on, tile_of, unpack_high, unpack_low
 from qdm_kernels.gemm.triton import launch as run
 from qdm_kernels.layout import pack_int4, padded_length
 
 # A row of a table stands at any address: it is read one element at a time, so that no variant need know more.
 SCALARS = ["x_scale_ptr", "x_zero_ptr", "step_ptr", "out_scale_ptr", "out_zero_ptr"]
 _MOST_INPUTS = 131_071  # 128 * 128 * K must stay below 2^31: integer tensor cores saturate there
-
-
-@triton.jit
-def _multiply(x, w, acc, SWAP: tl.constexpr):
-    """acc + x w^T, or its transpose: x [BM, k], w [BN, k] int8."""
-    if SWAP:
-        acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
-    else:
-        acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
-    return acc
 
 
 @triton.jit
@@ -90,11 +80,11 @@ def linear_kernel(
         w = tl.load(w_tile + block * width, mask=n_ok[:, None], other=0)
         x = tl.load(x_tile + k, mask=m_ok[:, None] if EVEN_K else m_ok[:, None] & (k + offs_k < K)[None, :], other=0)
         if BITS == 8:
-            acc = _multiply(x, w, acc, SWAP)
+            acc = multiply(x, w, acc, SWAP)
         else:
             high = tl.load(x_tile + k + 32, mask=m_ok[:, None] if EVEN_K else m_ok[:, None] & (k + offs_k + 32 < K)[None, :], other=0)
-            acc = _multiply(x, unpack_low(w, ASM), acc, SWAP)
-            acc = _multiply(high, unpack_high(w, ASM), acc, SWAP)
+            acc = multiply(x, unpack_low(w, ASM), acc, SWAP)
+            acc = multiply(high, unpack_high(w, ASM), acc, SWAP)
     if BITS == 4:
         acc = acc >> 4  # every product carries the factor 16 of a nibble kept in the high half
     if SWAP:
