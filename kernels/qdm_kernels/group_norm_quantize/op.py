@@ -48,7 +48,7 @@ def _run(
     zero_point: Tensor, step: Tensor | None, bits: int,
 ) -> Tensor:  # fmt: skip
     home = cpu if traced(x) else _implementation(backend.choose("group_norm_quantize", device=x.device))
-    if hasattr(home, "normalize_quantize"):
+    if hasattr(home, "normalize_quantize") and not traced(x):
         return home.normalize_quantize(x, groups, weight, bias, gain, eps, activation, scale, zero_point, step, bits)
     return quantize(home.normalize(x, groups, weight, bias, row_of(gain, step), eps, activation), scale, zero_point, bits, step)
 

@@ -1,7 +1,11 @@
-"""Quantization in one allocation: every pass after the first works in place, and the last one writes bytes."""
+"""Quantization on CPUs, block by block in one scratch of the second-level cache: x is read once, and bytes are written once."""
+
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from qdm_kernels.blocks import block_of, in_memory_order, slices
 
 # 1.5 * 2^23: adding it to |v| < 2^22 rounds v half to even and leaves the integer in the low bits of the float.
 _ROUNDER = 12582912.0
@@ -11,14 +15,47 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """As `op.quantize`; the zero point is read once when it is a single number. NaN becomes the code of zero."""
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     inverse = scale.float().reciprocal()
-    scaled = x.float().mul(inverse) if x.dtype == torch.float32 else x.float().mul_(inverse)
     if zero_point.numel() > 1:
         z = zero_point.float()
-        rounded = scaled.clamp_(low - z, high - z).add_(_ROUNDER)
+        rounded = (x.float() * inverse).clamp_(low - z, high - z).add_(_ROUNDER)
         return _low_bytes(rounded).add_(zero_point.to(torch.int8))
-    number = int(zero_point)
-    codes = _low_bytes(scaled.clamp_(low - number, high - number).add_(_ROUNDER))
-    return codes.add_(number) if number else codes
+    number, flat = int(zero_point), in_memory_order(x)
+    if inverse.numel() > 1 or flat is None or x.dtype == torch.float64:
+        return _finish(_low_bytes((x.float() * inverse).clamp_(low - number, high - number).add_(_ROUNDER)), number)
+    codes = torch.empty_like(x, dtype=torch.int8)
+    target, block = in_memory_order(codes), block_of(1)
+    assert target is not None
+    scratch = torch.empty(min(block, flat.numel()))
+    for part in slices(flat.numel(), block):
+        values = scratch[: part.stop - part.start]
+        if x.dtype == torch.float32:
+            torch.mul(flat[part], inverse.reshape(()), out=values)
+        else:
+            values.copy_(flat[part]).mul_(inverse.reshape(()))
+        target[part] = values.clamp_(low - number, high - number).add_(_ROUNDER).view(torch.int32)
+    return _finish(codes, number)
+
+
+def quantize_block_(values: Tensor, inverse: float, zero_point: int, bits: int, out: Tensor) -> None:
+    """Codes of float32 values into int8 `out`, contiguous both; values are overwritten. inverse: 1 / scale.
+
+    The product is added to the rounder in one operation, perhaps without a rounding between them: a value within one float32 rounding
+    of a tie may go the other way than by the contract. For producers, whose own values differ by as much.
+    """
+    low, high = -(1 << bits - 1) - zero_point, (1 << bits - 1) - 1 - zero_point
+    torch.add(_rounder(), values, alpha=inverse, out=values)
+    out.copy_(values.clamp_(_ROUNDER + low, _ROUNDER + high).view(torch.int32))
+    if zero_point:
+        out.add_(zero_point)
+
+
+@cache
+def _rounder() -> Tensor:
+    return torch.tensor(_ROUNDER)
+
+
+def _finish(codes: Tensor, zero_point: int) -> Tensor:
+    return codes.add_(zero_point) if zero_point else codes
 
 
 def _low_bytes(rounded: Tensor) -> Tensor:
