@@ -42,9 +42,7 @@ def normalize_quantize(
     return codes
 
 
-def _affine(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _affine(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """Normalization as y = x * factor + offset: float32 [B, C] both, from the moments of every channel."""
     b, c = x.shape[:2]
     moments = [torch.batch_norm_update_stats(x[i : i + 1], None, None, 0.0) for i in range(b)]

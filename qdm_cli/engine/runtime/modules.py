@@ -53,6 +53,7 @@ class PackedLayer(nn.Module):
     _plain: Tensor | None
     _constant: bool | None
     _form: gpu.Form | None
+    _halves: tuple[Any, Any] | None
     _choices: dict[tuple[str, int], Choice]
 
     def __init__(self, spec: LayerSpec, *, device: str | torch.device = "meta"):
@@ -328,11 +329,11 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own backend layout: oneDNN's packed tensors cannot be copied."""
-        made_here = dict.fromkeys(("_prepared", "_row_sums", "_floats", "_plain", "_constant", "_form", "reuse"))
+        made_here = dict.fromkeys(("_prepared", "_row_sums", "_floats", "_plain", "_constant", "_form", "_halves", "reuse"))
         return {**self.__dict__, **made_here, "_choices": {}}
 
     def _forget_(self) -> None:
-        self._prepared = self._row_sums = self._floats = self._plain = self._constant = self._form = None
+        self._prepared = self._row_sums = self._floats = self._plain = self._constant = self._form = self._halves = None
         self._choices = {}
         if self.reuse is not None:
             self.reuse.forget_()
@@ -348,6 +349,15 @@ class PackedLinear(PackedLayer):
 
     def _integer_forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         return self._product(x, scale, zero_point, self.prepared)
+
+    @property
+    def halves(self) -> tuple[Any, Any]:
+        """The first and the second half of the outputs, packed apart, made once: value and gate of a gated layer."""
+        if self._halves is None:
+            middle, parts = self.spec.outputs // 2, self.stored_parts()
+            first, second = ([None if part is None else part[a:b] for part in parts] for a, b in ((None, middle), (middle, None)))
+            self._halves = linear_op.prepare(*first), linear_op.prepare(*second)
+        return self._halves
 
     def _product(self, x: Tensor, scale: Tensor, zero_point: Tensor, prepared: Any) -> Tensor:
         codes = quantize(x, scale, zero_point, cast(int, self.spec.bits_a))

@@ -21,6 +21,8 @@ def tune_(denoiser: nn.Module, mode: Mode) -> None:
 
     Results of `exact` do not depend on the machine; `auto` may take float kernels and bf16 attention where those are faster.
     """
+    from qdm_cli.engine.runtime.fused import fuse_blocks_  # subclasses of diffusers, whose import registers qdm, which imports this file
+
     few = {name for name, role in layer_roles(denoiser, PackedLayer).items() if role in FEW_ROW_ROLES}
     dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), None)
     for name, layer in denoiser.named_modules():
@@ -32,6 +34,7 @@ def tune_(denoiser: nn.Module, mode: Mode) -> None:
         if isinstance(layer, PackedLayer):
             layer.settle_()
     speed_up_attention_(denoiser, enabled=mode == "auto")
+    fuse_blocks_(denoiser, enabled=mode == "auto")
     if mode == "auto":
         for layer in denoiser.modules():
             if isinstance(layer, nn.Conv2d) and layer.weight.device.type != "meta":

@@ -1,0 +1,137 @@
+"""Blocks of diffusers denoisers on CPUs in mode `auto`: what lies between two integer layers goes straight to codes, in cache-sized blocks.
+
+The classes replace those of diffusers in place, keep their weights and names, and fall back to their parents' code for anything they do
+not know: other devices, gradients, torch.compile (which fuses on its own), layers that run in floating point here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from qdm_cli.engine.runtime.modules import PackedConv2d, PackedLayer, PackedLinear
+from qdm_kernels.blocks import slices
+from qdm_kernels.conv2d_w8a8 import op as conv2d_op
+from qdm_kernels.group_norm_quantize.cpu import normalize_quantize
+from qdm_kernels.linear_w8a8 import op as linear_op
+from qdm_kernels.quantize.op import quantize
+
+HIDDEN_BYTES = 2 << 20  # per thread, of the widest activation of a feed-forward: it then stays in the last-level cache
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """GroupNorm, SiLU and quantization as one, the time embedding as a part of the second norm."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        x = input_tensor
+        if not (self._known() and _runs_here(x) and takes_codes(self.conv1, x)):
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        hidden = norm_then_layer(self.norm1, self.conv1, x, "silu")
+        shift = None if temb is None or self.time_emb_proj is None else self.time_emb_proj(self.nonlinearity(temb))
+        if takes_codes(self.conv2, hidden):
+            hidden = norm_then_layer(self.norm2, self.conv2, hidden, "silu", shift)
+        else:
+            hidden = hidden if shift is None else hidden.add_(shift[:, :, None, None])
+            hidden = self.conv2(self.nonlinearity(self.norm2(hidden)))
+        hidden = hidden.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return hidden if self.output_scale_factor == 1 else hidden.div_(self.output_scale_factor)
+
+    def _known(self) -> bool:
+        """Is the block of the kind this class computes?"""
+        plain = self.upsample is None and self.downsample is None and self.time_embedding_norm == "default" and not self.skip_time_act
+        return plain and isinstance(self.nonlinearity, nn.SiLU) and not self.training
+
+
+class FusedTransformer2DModel(Transformer2DModel):
+    """GroupNorm goes straight to the codes of `proj_in`, and images stay channels_last: diffusers transposes them twice at the end."""
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        x = hidden_states
+        if self.use_linear_projection or not (_runs_here(x) and takes_codes(self.proj_in, x)):
+            return super()._operate_on_continuous_inputs(hidden_states)
+        y = norm_then_layer(self.norm, self.proj_in, x, "none")
+        return y.permute(0, 2, 3, 1).flatten(1, 2), y.shape[1]
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        where = (batch_size, height, width, inner_dim)
+        if self.use_linear_projection or not _runs_here(hidden_states):
+            return super()._get_output_for_continuous_inputs(hidden_states, residual, *where)
+        return self.proj_out(hidden_states.reshape(where).permute(0, 3, 1, 2)).add_(residual)
+
+
+class FusedFeedForward(FeedForward):
+    """GEGLU block of rows by block of rows: the widest activation of a transformer never reaches memory."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x, gated, last = hidden_states, self.net[0], self.net[2]
+        known = type(gated) is GEGLU and not self.training
+        if not (known and _runs_here(x) and takes_codes(gated.proj, x) and takes_codes(last, x[..., :1])):
+            return super().forward(hidden_states, *args, **kwargs)
+        rows = x.reshape(-1, x.shape[-1])
+        out = x.new_empty((len(rows), last.spec.outputs))
+        block = max(torch.get_num_threads() * HIDDEN_BYTES // (4 * gated.proj.spec.outputs), 128)
+        for part in slices(len(rows), block):
+            out[part] = self._rows(rows[part])
+        return out.view(*x.shape[:-1], -1)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        proj, last = self.net[0].proj, self.net[2]
+        scale, zero = proj._activation(x)
+        codes = quantize(_scaled(proj, x), scale, zero, proj.spec.bits_a)
+        value, gate = (linear_op.linear(codes, scale, zero.reshape(()), half) for half in proj.halves)
+        return last(value.mul_(nn.functional.gelu(gate))).to(x.dtype)
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    ResnetBlock2D: FusedResnetBlock2D,
+    Transformer2DModel: FusedTransformer2DModel,
+    FeedForward: FusedFeedForward,
+}
+
+
+def fuse_blocks_(denoiser: nn.Module, *, enabled: bool) -> int:
+    """Give every block that has packed layers its fused class, or its own again; returns how many have it."""
+    own = {fused: original for original, fused in FUSED.items()}
+    count = 0
+    for module in denoiser.modules():
+        if enabled and type(module) in FUSED and any(isinstance(child, PackedLayer) for child in module.modules()):
+            module.__class__ = FUSED[type(module)]
+        elif not enabled and type(module) in own:
+            module.__class__ = own[type(module)]
+        count += type(module) in own
+    return count
+
+
+def norm_then_layer(norm: nn.GroupNorm, conv: PackedConv2d, x: Tensor, activation: str, shift: Tensor | None = None) -> Tensor:
+    """conv(activation(norm(x + shift))): x [B, C, H, W] -> the dtype of x, channels_last. shift: [B, C] or None."""
+    scale, zero = conv._activation(x)
+    gain, bits = conv._buffers["pre_scale"], conv.spec.bits_a
+    codes = normalize_quantize(x, norm.num_groups, norm.weight, norm.bias, gain, norm.eps, activation, scale, zero, None, bits, shift)
+    return conv2d_op.conv2d(codes, scale, zero.reshape(()), conv.prepared, out_dtype=x.dtype)
+
+
+def takes_codes(layer: nn.Module, x: Tensor) -> bool:
+    """Does the layer run integers on an input of this size, with one scale and one zero point for all of it?"""
+    if not isinstance(layer, PackedConv2d | PackedLinear) or layer.spec.act != "static" or layer.choice(x).kernel != "integer":
+        return False
+    scale, zero = layer._activation(x)
+    return scale.numel() == 1 and zero.numel() == 1
+
+
+def _scaled(layer: PackedLayer, x: Tensor) -> Tensor:
+    factors = layer._buffers["pre_scale"]
+    return x if factors is None else x.float() * factors
+
+
+def _runs_here(x: Tensor) -> bool:
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and x.requires_grad)

@@ -1,0 +1,67 @@
+"""Fused blocks on CPUs against the blocks of diffusers they stand for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from qdm_cli.engine.bench.denoisers import quantized_state, seeded_inputs
+from qdm_cli.engine.runtime import fused
+from qdm_cli.engine.runtime.fused import FUSED, fuse_blocks_
+from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_
+
+
+@pytest.fixture(scope="module")
+def packed() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A U-Net with every kind of block, int4 weights (integers on every CPU), and the arguments of a call."""
+    torch.manual_seed(0)
+    down, up = ["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]
+    sizes = {"sample_size": 16, "cross_attention_dim": 32, "attention_head_dim": 4, "block_out_channels": [64, 128]}
+    unet = UNet2DConditionModel(**sizes, layers_per_block=1, down_block_types=down, up_block_types=up).eval().requires_grad_(False)
+    call = seeded_inputs(unet, 2, 16)
+    with torch.no_grad():
+        state = quantized_state(unet, call, 4)
+    pack_denoiser_(unet, state, mode="auto")
+    return unet, call
+
+
+@pytest.fixture(autouse=True)
+def integers_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdm_cli.engine.runtime.choice.SMALL_PRODUCT", 0)
+    monkeypatch.setattr("qdm_kernels.blocks.BLOCK_BYTES", 1 << 14)  # several blocks per tensor, and a shorter last one
+    monkeypatch.setattr(fused, "HIDDEN_BYTES", 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_block_equals_its_parent_but_for_ties(packed, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, call = copy.deepcopy(packed[0]).to(dtype), packed[1]
+    call = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in call.items()}
+    for layer in unet.modules():
+        if isinstance(layer, PackedLayer):
+            layer._forget_()
+    fuse_blocks_(unet, enabled=True)
+    seen: dict[type, list[float]] = {kind: [] for kind in FUSED.values()}
+
+    def compare(block: nn.Module, args: tuple, kwargs: dict, got: Tensor) -> None:
+        kind = type(block)
+        block.__class__ = kind.__mro__[1]
+        with torch.no_grad():
+            want = block.forward(*args, **kwargs)
+        block.__class__ = kind
+        got, want = (y if torch.is_tensor(y) else y[0] for y in (got, want))
+        assert got.dtype == dtype
+        seen[kind].append(float((got.float() - want.float()).norm() / want.float().norm()))
+
+    for block in unet.modules():
+        if type(block) in seen:
+            block.register_forward_hook(compare, with_kwargs=True)
+    unet(**call)
+    bound = 2e-3 if dtype == torch.float32 else 2e-2  # the parent rounds to bf16 before it quantizes
+    for kind, errors in seen.items():
+        assert errors, kind
+        assert max(errors) <= bound, (kind, errors)
