@@ -6,7 +6,7 @@ not know: other devices, gradients, torch.compile (which fuses on its own), laye
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.activations import GEGLU
@@ -113,7 +113,7 @@ def fuse_blocks_(denoiser: nn.Module, *, enabled: bool) -> int:
 def norm_then_layer(norm: nn.GroupNorm, conv: PackedConv2d, x: Tensor, activation: str, shift: Tensor | None = None) -> Tensor:
     """conv(activation(norm(x + shift))): x [B, C, H, W] -> the dtype of x, channels_last. shift: [B, C] or None."""
     scale, zero = conv._activation(x)
-    gain, bits = conv._buffers["pre_scale"], conv.spec.bits_a
+    gain, bits = conv._buffers["pre_scale"], cast(int, conv.spec.bits_a)
     codes = normalize_quantize(x, norm.num_groups, norm.weight, norm.bias, gain, norm.eps, activation, scale, zero, None, bits, shift)
     return conv2d_op.conv2d(codes, scale, zero.reshape(()), conv.prepared, out_dtype=x.dtype)
 
