@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdm_cli.engine.caching.runtime import SplitDenoiser
+from qdm_cli.engine.caching.runtime import Cache, SplitDenoiser
+from qdm_cli.engine.caching.runtime.follow import FromSchedule
 from qdm_cli.engine.caching.schedule import Cut, Schedule
 from qdm_cli.engine.diffusion.guidance import GuidanceOrder, guidance_order, guidance_scale, guided
 from qdm_cli.engine.diffusion.sampling import generate
@@ -130,7 +131,7 @@ def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
 @contextmanager
 def last_latents(pipeline: Any) -> Iterator[list[torch.Tensor]]:
     """A list whose only entry is what the scheduler's latest step gave."""
-    scheduler, step = pipeline.scheduler, pipeline.scheduler.step
+    scheduler, step, before = pipeline.scheduler, pipeline.scheduler.step, vars(pipeline.scheduler).get("step")
     latest: list[torch.Tensor] = []
 
     @wraps(step)
@@ -143,21 +144,11 @@ def last_latents(pipeline: Any) -> Iterator[list[torch.Tensor]]:
     try:
         yield latest
     finally:
-        vars(scheduler).pop("step", None)
+        del scheduler.step
+        if before is not None:
+            scheduler.step = before
 
 
-@contextmanager
-def following(loop: Loop, schedule: Schedule) -> Iterator[None]:
-    """Let the loop follow a schedule, one trajectory after another."""
-    taps = Taps(loop.loaded.denoiser, list(schedule.cuts))
-    kept: dict[int, Features] = {}
-
-    def answer(call: int, branch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        action = schedule.actions[call % len(schedule.actions)]
-        if action.action == "full":
-            output, kept[branch] = taps.full(args, kwargs)
-            return output
-        return taps.partial(str(action.cut), kept[branch][str(action.cut)], args, kwargs)
-
-    with driven(loop.loaded.denoiser, answer, loop.passes):
-        yield
+def following(loop: Loop, schedule: Schedule, corrections: Mapping[str, torch.Tensor] | None = None) -> Cache:
+    """The loop's pipeline along a schedule, as users run it; a context manager."""
+    return Cache(loop.loaded.pipeline, loop.loaded.component, FromSchedule(schedule), corrections=corrections, force=True)

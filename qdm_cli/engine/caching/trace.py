@@ -29,19 +29,22 @@ def trace_sampler(model: Any, sampler: SamplerSpec) -> tuple[SamplerRef, Guidanc
     """
     pipeline = getattr(model, "pipeline", model)
     timesteps, width, passes = _observe(pipeline, sampler)
-    scheduler = pipeline.scheduler
-    timesteps = timesteps[::passes]
-    reference = SamplerRef(
+    mode = "sequential" if passes > 1 else "batched" if width > 1 else "none"
+    guidance = Guidance(mode=mode, scale=sampler.guidance)  # type: ignore[arg-type]
+    return sampler_at(pipeline.scheduler, timesteps[::passes], sampler.steps), guidance
+
+
+def sampler_at(scheduler: Any, timesteps: Sequence[float], steps: int) -> SamplerRef:
+    """A scheduler on a grid of timesteps, one per denoiser call, as the denoiser or the scheduler has them."""
+    return SamplerRef(
         class_=type(scheduler).__name__,
         config_sha256=hash_config(scheduler.config),
-        steps=sampler.steps,
+        steps=steps,
         calls=len(timesteps),
-        timesteps=tuple(timesteps),
-        log_snr=tuple(log_snr(scheduler, t) for t in timesteps),
-        step_of_call=steps_of_calls(scheduler, timesteps, sampler.steps),
+        timesteps=tuple(map(float, timesteps)),
+        log_snr=tuple(log_snr(scheduler, float(t)) for t in timesteps),
+        step_of_call=steps_of_calls(scheduler, timesteps, steps),
     )
-    mode = "sequential" if passes > 1 else "batched" if width > 1 else "none"
-    return reference, Guidance(mode=mode, scale=sampler.guidance)  # type: ignore[arg-type]
 
 
 def _observe(pipeline: Any, sampler: SamplerSpec) -> tuple[list[float], int, int]:

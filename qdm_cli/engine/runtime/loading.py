@@ -10,23 +10,28 @@ from qdm_cli.engine.errors import EnvironmentProblem, InputError
 from qdm_cli.engine.runtime.registration import register, registration_status
 
 
-def open_pipeline(folder: str | Path, *, mode: str | None = None, scales: str | Path | None = None, **kwargs: Any) -> Any:
+def open_pipeline(
+    folder: str | Path, *, mode: str | None = None, scales: str | Path | None = None, cache: bool | str | Path = True, **kwargs: Any
+) -> Any:
     """`DiffusionPipeline.from_pretrained` of an exported folder, with errors that say what to do.
 
     Args:
         mode: auto = every layer on the arithmetic that is fastest here; exact = quantized arithmetic everywhere, the same bits on every
             machine; None = QDM_MODE, else auto.
         scales: a personalisation to apply: a scale file, or the folder of `qdm finetune` that holds one; None = as exported.
+        cache: True = follow the folder's schedule, if it has one; False = none; or a schedule to follow instead.
 
     Raises:
-        InputError: no such folder, an artifact that is not exported yet, a lone component, corrupt files, an unknown mode, or scales that
-            belong to another model.
+        InputError: no such folder, an artifact that is not exported yet, a lone component, corrupt files, an unknown mode, or scales or a
+            schedule that belong to another model.
         EnvironmentProblem: this diffusers does not take qdm's quantizer.
     """
     folder = check_export(folder)
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
+    from qdm_cli.engine.caching.runtime import cached
+    from qdm_cli.engine.caching.schedule import SCHEDULE_FILE
     from qdm_cli.engine.models.denoiser import find_denoiser
     from qdm_cli.engine.quant.scale_set import read_scales
     from qdm_cli.engine.runtime.choice import default_mode
@@ -52,6 +57,9 @@ def open_pipeline(folder: str | Path, *, mode: str | None = None, scales: str | 
     for part in pipeline.components.values():
         if any(isinstance(layer, PackedLayer) for layer in getattr(part, "modules", tuple)()):
             tune_(part, chosen)
+    place = folder if cache is True else cache
+    if place and (cache is not True or (folder / SCHEDULE_FILE).is_file()):
+        cached(pipeline, place).enable()
     return pipeline
 
 

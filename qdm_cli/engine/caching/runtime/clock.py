@@ -1,0 +1,120 @@
+"""Where a sampler is in its trajectory, read from the scheduler of any diffusers pipeline (caching spec 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+MOST_BRANCHES = 4
+"""Denoiser calls between two scheduler steps: guidance has up to three branches; what calls more often is no sampling loop."""
+
+
+class Clock:
+    """Follows one scheduler: `set_timesteps` opens a trajectory, every `step` advances it by one call.
+
+    Neither timestep values nor denoiser calls are counted, so repeated values (Heun, PNDM), warm-up calls, guidance in two calls and
+    loops that begin in the middle (image-to-image) are told apart.
+
+    Args:
+        on_open: called with the scheduler when a trajectory opens.
+    """
+
+    def __init__(self, on_open: Callable[[Any], None]):
+        self.scheduler: Any = None
+        self._on_open = on_open
+        self._token: object = None
+        self._links: dict[str, tuple[Any, Any]] = {}
+        self._close()
+
+    def _close(self) -> None:
+        self._calls = 0
+        self._start: int | None = None
+        self._steps = 0
+        self._branch = 0
+
+    def follow(self, scheduler: Any) -> None:
+        """Follow `scheduler` from now on, and no other one."""
+        if scheduler is self.scheduler:
+            return
+        self.release()
+        self.scheduler, self._token = scheduler, object()
+        for name, react in (("set_timesteps", self.open), ("step", self._advance)):
+            outer = self._linked(getattr(scheduler, name), react, self._token)
+            self._links[name] = (outer, vars(scheduler).get(name))
+            setattr(scheduler, name, outer)
+
+    def _linked(self, inner: Callable[..., Any], react: Callable[[], None], token: object) -> Callable[..., Any]:
+        @wraps(inner)  # whoever wraps it again reads its signature
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = inner(*args, **kwargs)
+            if token is self._token:
+                react()
+            return result
+
+        return method
+
+    def release(self) -> None:
+        """Give the scheduler its own methods back; twice = once. A method that was wrapped again since stays and does nothing more."""
+        for name, (outer, before) in self._links.items():
+            if vars(self.scheduler).get(name) is outer:
+                delattr(self.scheduler, name)
+                if before is not None:
+                    setattr(self.scheduler, name, before)
+        self._links, self.scheduler, self._token = {}, None, None
+        self._close()
+
+    def open(self) -> None:
+        """Begin a trajectory over the scheduler's present timesteps."""
+        self._close()
+        self._calls = len(self.scheduler.timesteps)
+        self._on_open(self.scheduler)
+
+    def _advance(self) -> None:
+        self._steps += 1
+        self._branch = 0
+
+    def place(self, timestep: Any) -> tuple[int, int] | None:
+        """(call, guidance branch) of the denoiser call that is being made; None = it belongs to no trajectory.
+
+        Args:
+            timestep: of the call; only its place in memory is read, except at the first call with a scheduler that does not say where
+                it begins.
+        """
+        if not self._calls:
+            return None
+        known = place_in_memory(self.scheduler.timesteps, timestep)
+        if self._start is None:
+            self._start = self._begin(timestep, known)
+        call = self._start + self._steps
+        if call >= self._calls or self._branch >= MOST_BRANCHES or (known is not None and known != call):
+            return None
+        self._branch += 1
+        return call, self._branch - 1
+
+    def _begin(self, timestep: Any, known: int | None) -> int:
+        told = getattr(self.scheduler, "begin_index", None)
+        if told is not None:
+            return int(told)
+        return nearest(self.scheduler, timestep) if known is None else known
+
+
+def place_in_memory(table: torch.Tensor, value: Any) -> int | None:
+    """Index of the entry of `table` that `value` is a view of, as it is in the loop `for t in scheduler.timesteps`; None = a copy."""
+    if not isinstance(value, torch.Tensor) or not value.numel() or value.device != table.device or value.dtype != table.dtype:
+        return None
+    if value.untyped_storage().data_ptr() != table.untyped_storage().data_ptr():
+        return None
+    index = (value.storage_offset() - table.storage_offset()) // max(table.stride(0), 1)
+    return index if 0 <= index < len(table) else None
+
+
+def nearest(scheduler: Any, timestep: Any) -> int:
+    """Index of the first scheduler timestep nearest to a value; some models are given t / T instead of t."""
+    value = float(torch.as_tensor(timestep).flatten()[0])
+    table = scheduler.timesteps.detach().double().cpu()
+    if value <= 1 < float(table.max()):
+        value *= float(scheduler.config.get("num_train_timesteps", 1000))
+    return int((table - value).abs().argmin())
