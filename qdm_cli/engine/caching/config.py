@@ -31,8 +31,8 @@ class CacheVerify(Spec):
     """Samples generated at a time."""
     metrics: tuple[Literal["psnr", "ssim", "latent"], ...] = ("psnr", "ssim", "latent")
     """Measured against the uncached full-precision model at equal seeds; latent = relative L2 error of the last latent."""
-    baseline: Literal["fewer-steps", "none"] = "fewer-steps"
-    """Also measure the uncached model with as many steps as take the same time."""
+    baseline: Literal["fewer-steps", "all", "none"] = "fewer-steps"
+    """Also measure the uncached model with as many steps as take the same time; all = and the best uniform schedule, given no less time."""
 
 
 class RuleConfig(Spec):
@@ -125,6 +125,8 @@ class DpConfig(RuleConfig):
     """Speed or error to reach."""
     data: CacheData = CacheData()
     """Samples to plan from."""
+    plan_on: Literal["deployed", "base"] = "deployed"
+    """Model whose errors are planned with: the one that will run, or the full-precision one, which is for comparison."""
     drift: Literal["output", "feature"] = "output"
     """Error to add up: of a partial call's output (more calls), or of the reused tensor (no extra calls; one cut for all segments)."""
     sensitivity: Literal["rollout", "analytic", "none"] = "rollout"

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from qdm_cli.engine.caching import rules
 from qdm_cli.engine.caching.drive import Loop, last_latents
+from qdm_cli.engine.caching.latency import Latency
+from qdm_cli.engine.caching.schedule import SamplerRef
 from qdm_cli.engine.diffusion.sampling import batches
 
 VERIFY_START = 4_000_000
@@ -53,6 +56,22 @@ def fewer_steps(loop: Loop, share: float) -> Loop:
     """
     steps = max(1, round(loop.sampler.steps * share))
     return replace(loop, sampler=loop.sampler.model_copy(update={"steps": steps}))
+
+
+def uniform_rivals(sampler: SamplerRef, latency: Latency, at_least_ms: float) -> list[tuple[str, int]]:
+    """(cut, interval) of the fastest uniform schedule of each cut that takes no less time than `at_least_ms`, where one does.
+
+    Rivals are given the time that whole intervals leave over, so a plan that beats them beats them at equal time.
+    """
+    steps = sampler.step_of_call[-1] + 1
+    found = []
+    for cut, partial_ms in latency.partial_ms.items():
+        for interval in range(steps, 1, -1):
+            full = len(rules.uniform(steps, interval))
+            if full * latency.full_ms + (sampler.calls - full) * partial_ms >= at_least_ms:
+                found.append((cut, interval))
+                break
+    return found
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ SPEEDS = (
     "speedup",
     "images_per_s",
     "images_per_s_base",
+    "cache_speedup",
+    "cache_full_share",
     "memory_weights_mb",
     "memory_weights_base_mb",
     "peak_memory_mb",
@@ -273,4 +275,26 @@ def _speeds(
         with peak_memory(device) as peak:
             work = lambda m=model: generate(m.loaded, sampler, count=batch, prompts=prompts, seed=seed, batch=batch)  # noqa: E731
             result[name] = batch / measure(work) * 1e3
-    return result | peak
+    return result | cache_speeds(subject, work, measure, batch / result["images_per_s"] * 1e3) | peak
+
+
+def cache_speeds(
+    subject: Subject, work: Callable[[], Any], measure: Callable[[Callable[[], Any]], float], cached_ms: float
+) -> dict[str, Any]:
+    """What the cache schedule of a model gains; null where it follows none.
+
+    Args:
+        work: samples one batch.
+        cached_ms: time of `work` along the schedule.
+    """
+    names, cache = ("cache_speedup", "cache_full_share"), subject.cache
+    if cache is None:
+        return {key: value for name in names for key, value in ((name, None), (f"{name}_why", "the model follows no cache schedule"))}
+    counts = cache.summary()
+    cache.disable()
+    try:
+        uncached_ms = measure(work)
+    finally:
+        cache.enable()
+    calls = counts["full"] + counts["partial"]
+    return {"cache_speedup": uncached_ms / cached_ms, "cache_full_share": counts["full"] / calls if calls else None}

@@ -68,6 +68,8 @@ METRICS: dict[str, Metric] = {
     "speedup": Metric("cost", "latency_base_p50_ms / latency_p50_ms", "x", "higher", True),
     "images_per_s": Metric("cost", "whole pipeline, one batch", "1/s", "higher"),
     "images_per_s_base": Metric("cost", "whole base pipeline, one batch", "1/s"),
+    "cache_speedup": Metric("cost", "time of the whole pipeline without the cache schedule / with it", "x", "higher", True),
+    "cache_full_share": Metric("cost", "share of the denoiser calls that the cache schedule computes in full", "", "lower"),
     "memory_weights_mb": Metric("cost", "parameters, buffers and kernel layouts of the loaded denoiser", "MB", "lower"),
     "memory_weights_base_mb": Metric("cost", "parameters and buffers of the loaded base denoiser", "MB"),
     "peak_memory_mb": Metric(

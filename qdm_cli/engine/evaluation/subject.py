@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from qdm_cli.engine.artifact import MANIFEST, Artifact, open_artifact
+from qdm_cli.engine.caching.runtime import active_cache, cached
+from qdm_cli.engine.caching.runtime.cache import Cache
+from qdm_cli.engine.caching.schedule import SCHEDULE_FILE
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models import LoadedPipeline, load_pipeline
 from qdm_cli.engine.quant.modules import per_input
-from qdm_cli.engine.quant.state import read_state
+from qdm_cli.engine.quant.state import STATE_FILE, read_state
 from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime.loading import open_pipeline
 from qdm_cli.engine.runtime.registration import register
@@ -56,6 +59,11 @@ class Subject:
         return self.loaded.denoiser
 
     @property
+    def cache(self) -> Cache | None:
+        """The cache schedule that its pipeline follows; None = every call is computed in full."""
+        return active_cache(self.denoiser)
+
+    @property
     def quantized(self) -> list[dict[str, Any]]:
         """Rows of the layers that have integer codes."""
         return [row for row in self.layers if row.get("skipped_why") is None and row.get("bits_w")]
@@ -77,12 +85,15 @@ def load_subject(source: Artifact, base: Subject, ctx: RunContext) -> Subject:
         InputError: an artifact that holds no model.
     """
     kind = source.manifest.kind
-    if kind in ("calibrated", "finetuned"):
+    if kind in ("calibrated", "finetuned", "cached"):
         loaded = load_base(ctx).loaded
-        apply_state_(loaded.denoiser, read_state(source.folder))
+        if kind != "cached" or (source.folder / STATE_FILE).is_file():
+            apply_state_(loaded.denoiser, read_state(source.folder))
+        if kind == "cached":
+            cached(loaded.pipeline, source.folder).enable()
         return Subject(loaded, "simulated", source.folder.name, source.manifest.digest, layers=source.manifest.layers, note=SIMULATED)
     if kind != "exported":
-        raise InputError(f"{source.folder} is {kind}; evaluate takes a calibrated, fine-tuned or exported artifact")
+        raise InputError(f"{source.folder} is {kind}; evaluate takes a calibrated, fine-tuned, cached or exported artifact")
     note = FLOAT_EXPORT if source.manifest.simulated else None
     loaded = _open(source.folder, base, ctx)
     return Subject(loaded, "exported", source.folder.name, source.manifest.digest, source.folder, source.manifest.layers, note)
@@ -115,6 +126,8 @@ def _open(folder: Path, base: Subject, ctx: RunContext) -> LoadedPipeline:
         denoiser = type(base.denoiser).from_pretrained(folder)
         tune_(denoiser, "exact")  # metrics must not depend on which layers this machine would run in floating point
         setattr(pipeline, component, denoiser)
+        if (folder / SCHEDULE_FILE).is_file():
+            cached(pipeline, folder).enable()
     if ctx.recipe.device.offload == "none" or not ctx.device.startswith("cuda"):
         pipeline.to(ctx.device)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from qdm_cli.engine.caching.schedule import Schedule
 from qdm_cli.engine.quant.state import LayerDecision
 
 _LOAD_QDM = """```python
@@ -30,6 +31,14 @@ pipeline = DiffusionPipeline.from_pretrained("PATH/TO/THIS/FOLDER")
 Nothing but diffusers is needed. The weights are floats with the quantization error baked in; **activation quantization is not applied**, so
 this folder is for comparison and conversion, and is neither smaller nor faster than the original."""
 
+_LOAD_PLAIN = """```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("PATH/TO/THIS/FOLDER")
+```
+
+The weights are the original ones."""
+
 _LOAD_LONE = """```python
 import qdm_cli                      # registers the loader with diffusers; not needed for target dequantized
 from diffusers import {class_name}
@@ -48,6 +57,7 @@ def model_card(
     lone_class: str | None,
     parts: dict[str, int],
     sampler: dict[str, Any],
+    schedule: Schedule | None = None,
 ) -> str:
     """Markdown text.
 
@@ -58,20 +68,35 @@ def model_card(
         lone_class: diffusers class of the denoiser in a folder without the rest of the pipeline; None = a whole pipeline.
         parts: bytes by part.
         sampler: the sampler that the step tables hold for.
+        schedule: the cache schedule of the folder; None = none.
     """
-    load = _LOAD_LONE.format(class_name=lone_class) if lone_class else _LOAD_QDM if target == "qdm" else _LOAD_STOCK
+    stock = _LOAD_STOCK if decisions else _LOAD_PLAIN
+    load = _LOAD_LONE.format(class_name=lone_class) if lone_class else _LOAD_QDM if target == "qdm" else stock
     return "\n\n".join(
         [
             _front_matter(identity),
             f"# {identity['id']}, compressed by qdm",
             "## Load\n\n" + load,
             "## Sampler\n\nMade for: " + ", ".join(f"{key} {value}" for key, value in sampler.items() if value is not None) + ".",
-            "## Policy\n\n" + _policy(decisions),
+            *([] if schedule is None else ["## Cache\n\n" + _cache(schedule)]),
+            "## Policy\n\n" + (_policy(decisions) if decisions else "Nothing is quantized."),
             "## Bytes\n\n" + _bytes(parts),
             f"Base model: {identity['id']}, revision {identity.get('revision') or 'none'}, licence {identity.get('license') or 'unknown'}. "
             "Details per layer are in `qdm.json`, the recipe in `recipe.resolved.yaml`.",
         ]
     ) + "\n"  # fmt: skip
+
+
+def _cache(schedule: Schedule) -> str:
+    """How many calls are computed, and how to switch it on."""
+    figures = schedule.verified or schedule.predicted
+    speed = "" if figures is None or figures.speedup is None else f" (denoiser {figures.speedup:.2f} times as fast where it was made)"
+    return (
+        f"`schedule.json` ({schedule.provenance.method}) computes {len(schedule.refreshes)} of {schedule.sampler.calls} denoiser calls in "
+        f"full; the others reuse {', '.join(cut.id for cut in schedule.cuts)}{speed}. `qdm_cli.load` follows it; after a plain "
+        "`from_pretrained`, which computes every call:\n\n```python\nimport qdm_cli\n\n"
+        'qdm_cli.cached(pipeline, "PATH/TO/THIS/FOLDER").enable()\n```'
+    )
 
 
 def _front_matter(identity: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ import torch
 
 from qdm_cli import __version__
 from qdm_cli.engine.artifact import hash_file, write_json
-from qdm_cli.engine.caching import dp, emit, plots, profile, verify
-from qdm_cli.engine.caching.config import FEW_STEPS, BlockRange, CacheVerify, DpConfig, RuleConfig
-from qdm_cli.engine.caching.drive import Loop, following
+from qdm_cli.engine.caching import dp, emit, plots, profile
+from qdm_cli.engine.caching.config import FEW_STEPS, BlockRange, DpConfig, RuleConfig
+from qdm_cli.engine.caching.drive import Loop
+from qdm_cli.engine.caching.judge import Models, of_quality, verified
 from qdm_cli.engine.caching.latency import Latency, measure
 from qdm_cli.engine.caching.planner import Subject, planned, problem_of, ruled
 from qdm_cli.engine.caching.runtime import candidate_cuts, find_cut
@@ -26,7 +27,6 @@ from qdm_cli.engine.caching.schedule import (
     CORRECTIONS_FILE,
     Corrections,
     Cut,
-    Figures,
     ModelRef,
     Provenance,
     Schedule,
@@ -34,14 +34,15 @@ from qdm_cli.engine.caching.schedule import (
     write_schedule,
 )
 from qdm_cli.engine.caching.trace import trace_sampler
-from qdm_cli.engine.checkpoint import write_tensors
+from qdm_cli.engine.checkpoint import read_tensors, write_tensors
 from qdm_cli.engine.context import StageResult
 from qdm_cli.engine.diffusion.prompts import prompts_for
 from qdm_cli.engine.errors import GateFailed, InputError
-from qdm_cli.engine.evaluation.images import PairedMetrics
 from qdm_cli.engine.models import LoadedPipeline, load_pipeline
+from qdm_cli.engine.quant.scale_set import SCALES_FILE
 from qdm_cli.engine.quant.state import STATE_FILE, read_state
 from qdm_cli.engine.quant.state_apply import apply_state_
+from qdm_cli.engine.runtime.choice import default_mode
 from qdm_cli.engine.runtime.modules import pack_denoiser_
 
 if TYPE_CHECKING:
@@ -51,18 +52,6 @@ if TYPE_CHECKING:
 CACHE_DIT_FILE = "cache-dit.json"
 PROFILE_START = 3_000_000
 """Index of the first profiled sample: its noise is that of no calibration, training, held-out or evaluated sample."""
-
-
-@dataclass(frozen=True)
-class Models:
-    """own: the model that will run. base: the full-precision one; the same object where nothing is quantized."""
-
-    own: Loop
-    base: Loop
-
-    @property
-    def quantized(self) -> bool:
-        return self.own is not self.base
 
 
 def cache(spec: RuleConfig, source: Artifact | None, ctx: RunContext) -> StageResult:
@@ -96,7 +85,8 @@ def cache(spec: RuleConfig, source: Artifact | None, ctx: RunContext) -> StageRe
     if schedule.predicted is not None:
         metrics["speedup"] = schedule.predicted.speedup
     if spec.verify is not None:
-        schedule, found = verified(schedule, spec.verify, models, latency, ctx)
+        tables = None if schedule.corrections is None else read_tensors(ctx.payload / schedule.corrections.file)[0]
+        schedule, found = verified(schedule, spec.verify, models, subject.cuts, latency, ctx, corrections=tables)
         metrics |= found
     write_files(schedule, latency, source, ctx)
     return StageResult(
@@ -122,7 +112,7 @@ def load(source: Artifact | None, ctx: RunContext) -> Models:
         return Models(loop, loop)
     own, state = _pipeline(ctx), read_state(source.folder)
     try:
-        pack_denoiser_(own.denoiser, state)
+        pack_denoiser_(own.denoiser, state, default_mode())
     except InputError as error:
         ctx.warn(f"planned on simulated integers, so latency is not that of the export: {error}")
         own = _pipeline(ctx)
@@ -206,7 +196,7 @@ def plan(spec: DpConfig, models: Models, subject: Subject, latency: Latency, ctx
         GateFailed: no schedule reaches the budget.
     """
     errors = profiled(spec, models, subject, ctx)
-    weights = weighed(spec, models.own, subject, ctx)
+    weights = weighed(spec, models.own if spec.plan_on == "deployed" else models.base, subject, ctx)
     problem = problem_of(spec, subject, errors, weights, latency)
     curve = dp.pareto(problem)
     uncached = latency.full_ms * subject.sampler.calls
@@ -233,10 +223,10 @@ def profiled(spec: DpConfig, models: Models, subject: Subject, ctx: RunContext) 
     """[B, n, W] error of every prediction at every lag; the measured profile is written beside the schedule."""
     per_step = -(-subject.sampler.calls // subject.sampler.steps)
     window = min(spec.max_interval * per_step, subject.sampler.calls)
-    loop = replace(models.own, prompts=_prompts(spec.data.prompts))
+    chosen = models.own if spec.plan_on == "deployed" else models.base
     measured = profile.drift(
-        loop,
-        models.base.loaded.denoiser if models.quantized else None,
+        replace(chosen, prompts=_prompts(spec.data.prompts)),
+        models.base.loaded.denoiser if chosen is not models.base else None,
         subject.cuts,
         subject.sampler,
         window=window,
@@ -278,34 +268,6 @@ def weighed(spec: DpConfig, loop: Loop, subject: Subject, ctx: RunContext) -> np
     return np.asarray(json.loads(path.read_text(encoding="utf-8")))
 
 
-def of_quality(spec: DpConfig, models: Models, subject: Subject, curve: list[dp.Plan], latency: Latency, ctx: RunContext) -> Schedule:
-    """The fastest schedule of the curve that keeps the error or PSNR of the budget, measured on held-out samples.
-
-    Raises:
-        GateFailed: not even the slowest does.
-    """
-    check = spec.verify or CacheVerify()
-    truth = verify.sample(models.own, check.samples, check.batch)
-    reached: dict[int, str] = {}
-
-    def passes(index: int) -> bool:
-        schedule = planned(curve[index], curve, spec, subject, latency)
-        found = verify.sample(models.own, check.samples, check.batch, following(models.own, schedule))
-        error, psnr = verify.latent_error(found, truth), scores(found, truth)["psnr"]
-        reached[index] = f"{latency.full_ms * subject.sampler.calls / curve[index].latency_ms:.2f}x: error {error:.4f}, {psnr:.2f} dB"
-        ctx.events.log(f"budget: {reached[index]}")
-        if spec.budget.latent_error is not None:
-            return error <= spec.budget.latent_error
-        return float(psnr or 0) >= float(spec.budget.psnr or 0)
-
-    index = verify.bisected(len(curve), passes)
-    if index is None:
-        raise GateFailed(
-            f"cache.budget: no schedule keeps it; the slowest reaches {reached[len(curve) - 1]}. Allow more error or more cuts."
-        )
-    return planned(curve[index], curve, spec, subject, latency)
-
-
 def corrected(spec: DpConfig, loop: Loop, schedule: Schedule, ctx: RunContext) -> Schedule:
     """The schedule with per-step scales and shifts of its reused tensors."""
     reused = {action.call: (str(action.cut), int(action.source or 0)) for action in schedule.actions if action.action == "partial"}
@@ -317,60 +279,6 @@ def corrected(spec: DpConfig, loop: Loop, schedule: Schedule, ctx: RunContext) -
     path = ctx.payload / CORRECTIONS_FILE
     write_tensors(path, tables)
     return schedule.model_copy(update={"corrections": Corrections(file=path.name, sha256=hash_file(path), kind="dec")})
-
-
-# ---------------------------------------------------------------- held-out samples
-
-
-def verified(
-    schedule: Schedule, spec: CacheVerify, models: Models, latency: Latency, ctx: RunContext
-) -> tuple[Schedule, dict[str, float | None]]:
-    """The schedule with its measured figures, and the metrics of the manifest; warns where quantization and cache amplify each other."""
-    count, batch = spec.samples, spec.batch
-    truth = verify.sample(models.base, count, batch)
-    uncached = verify.sample(models.own, count, batch) if models.quantized else truth
-    cached = verify.sample(models.own, count, batch, following(models.own, schedule))
-    found = chosen_scores(spec, cached, truth)
-    metrics: dict[str, float | None] = {"speedup_loop": uncached.seconds / cached.seconds, **found}
-    metrics["latent_error_to_uncached"] = verify.latent_error(cached, uncached)
-    if models.quantized:
-        other = verify.sample(models.base, count, batch, following(models.base, schedule))
-        table = verify.Interaction(*(verify.latent_error(samples, truth) for samples in (other, uncached, cached)))
-        metrics |= table.metrics()
-        rows = "; ".join(f"{name} {plain:.4f}, cached {both:.4f}" for name, plain, both in verify.table_rows(table))
-        ctx.events.log(f"latent error against full precision: {rows}")
-        if table.excess > 0.1 * (table.cache + table.quantization):
-            alone = f"{table.cache:.4f} (cache) and {table.quantization:.4f} (quantization) alone"
-            ctx.warn(f"cache and quantization amplify each other: latent error {table.joint:.4f} together, {alone}")
-    share = latency.of(schedule) / (latency.full_ms * schedule.sampler.calls)
-    baseline: dict[str, float | None] = {}
-    if spec.baseline == "fewer-steps" and share < 1:
-        fewer = verify.fewer_steps(models.own, share)
-        other = verify.sample(fewer, count, batch)
-        baseline = {"steps": float(fewer.sampler.steps), **chosen_scores(spec, other, truth)}
-        metrics |= {f"fewer_steps_{name}": value for name, value in baseline.items()}
-        ctx.events.log(f"{fewer.sampler.steps} uncached steps take the same time: " + _shown(baseline) + "; cached: " + _shown(found))
-    figures = Figures(latency_ms=latency.of(schedule), speedup=1 / share, metrics=metrics, baseline=baseline)
-    return schedule.model_copy(update={"verified": figures}), metrics
-
-
-def scores(own: verify.Samples, truth: verify.Samples) -> dict[str, float | None]:
-    """PSNR, SSIM (None for images below its window) and latent error of one set of samples against another."""
-    paired = PairedMetrics()
-    paired.add(own.images, truth.images)
-    found = paired.metrics()
-    return {"psnr": found["psnr"], "ssim": found["ssim"], "latent_error": verify.latent_error(own, truth)}  # type: ignore[dict-item]
-
-
-def chosen_scores(spec: CacheVerify, own: verify.Samples, truth: verify.Samples) -> dict[str, float | None]:
-    """The scores that `verify.metrics` names."""
-    names = {"psnr": "psnr", "ssim": "ssim", "latent": "latent_error"}
-    found = scores(own, truth)
-    return {names[name]: found[names[name]] for name in spec.metrics}
-
-
-def _shown(values: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None and name != "steps")
 
 
 # ---------------------------------------------------------------- files
@@ -391,5 +299,6 @@ def write_files(schedule: Schedule, latency: Latency, source: Artifact | None, c
     (ctx.payload / "schedule.png").write_bytes(plots.strip(schedule))
     if all(cut.kind == "block_residual" for cut in schedule.cuts):  # cache-dit has no form for U-Nets
         write_json(ctx.payload / CACHE_DIT_FILE, emit.cache_dit(schedule))
-    if source is not None and (source.folder / STATE_FILE).is_file():
-        shutil.copyfile(source.folder / STATE_FILE, ctx.payload / STATE_FILE)
+    for name in (STATE_FILE, SCALES_FILE):
+        if source is not None and (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, ctx.payload / name)

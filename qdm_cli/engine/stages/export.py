@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qdm_cli.engine.caching.schedule import SCHEDULE_FILE, Schedule, read_schedule
 from qdm_cli.engine.context import StageResult
 from qdm_cli.engine.diffusion.sampling import step_timesteps
 from qdm_cli.engine.diffusion.trajectories import timestep_of
@@ -21,7 +23,7 @@ from qdm_cli.engine.models.source import resolve_source
 from qdm_cli.engine.quant.attention import CHILD
 from qdm_cli.engine.quant.report import layer_rows
 from qdm_cli.engine.quant.scale_rows import TABLES
-from qdm_cli.engine.quant.state import LayerDecision, QuantState, read_state
+from qdm_cli.engine.quant.state import STATE_FILE, LayerDecision, QuantState, read_state
 from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime import folder as writer
 from qdm_cli.engine.runtime.card import model_card
@@ -54,12 +56,10 @@ def export(spec: ExportSpec, source: Artifact | None, ctx: RunContext) -> StageR
         GateFailed: the self-check failed; nothing is published.
     """
     if source is None:
-        raise InputError("export needs a calibrated or fine-tuned artifact: give --from DIR")
-    state, started = read_state(source.folder), time.monotonic()
+        raise InputError("export needs a calibrated, fine-tuned or cached artifact: give --from DIR")
+    state, started = _state(source), time.monotonic()
     loaded = _load(ctx)
-    target = "qdm" if spec.target == "auto" else spec.target
-    if spec.target == "auto":
-        ctx.events.log("export: target qdm (the only one that keeps integer codes and step tables)")
+    target = _target(spec, state, ctx)
     if state.attention:
         ctx.warn(_attention_warning(len(state.attention), target))
     decisions = [layer.decision for layer in state.layers.values()] + list(state.skipped)
@@ -70,10 +70,12 @@ def export(spec: ExportSpec, source: Artifact | None, ctx: RunContext) -> StageR
     if not spec.component_only:
         with quiet():
             writer.write_pipeline(ctx.payload, loaded.pipeline, loaded.component, _source_folder(ctx))
+    schedule = _copy_schedule(source, ctx)
     parts = _parts(ctx.payload, written, decisions if target == "qdm" else [])
     sampler = ctx.recipe.sampler.model_dump(mode="json")
     lone_class = type(loaded.denoiser).__name__ if spec.component_only else None
-    card = model_card(decisions, target=target, identity=loaded.identity, lone_class=lone_class, parts=parts, sampler=sampler)
+    facts: dict[str, Any] = {"identity": loaded.identity, "lone_class": lone_class, "parts": parts, "sampler": sampler}
+    card = model_card(decisions, target=target, schedule=schedule, **facts)
     (ctx.payload / "README.md").write_text(card, encoding="utf-8")
     saved = time.monotonic()
 
@@ -89,9 +91,41 @@ def export(spec: ExportSpec, source: Artifact | None, ctx: RunContext) -> StageR
         bytes_by_part=parts,
         base_model=loaded.identity,
         seconds={"write": saved - started, "self-check": time.monotonic() - saved},
-        simulated=target != "qdm" or not any(d.bits_a and d.granularity != "group" for d in decisions if not d.skipped_why),
+        simulated=bool(state.layers) and (target != "qdm" or not any(map(_runs_integers, decisions))),
         verified="load" if spec.verify else "none",
     )
+
+
+def _state(source: Artifact) -> QuantState:
+    """Codes and scales of the source; none of a plain model that was given a cache schedule."""
+    if source.manifest.kind == "cached" and not (source.folder / STATE_FILE).is_file():
+        return QuantState(layers={})
+    return read_state(source.folder)
+
+
+def _target(spec: ExportSpec, state: QuantState, ctx: RunContext) -> str:
+    """qdm or dequantized; says which where the recipe leaves it open."""
+    if not state.layers:
+        ctx.events.log("export: nothing is quantized: stock float weights, which need no loader, with the cache schedule beside them")
+        return "dequantized"
+    if spec.target == "auto":
+        ctx.events.log("export: target qdm (the only one that keeps integer codes and step tables)")
+    return "qdm" if spec.target == "auto" else spec.target
+
+
+def _runs_integers(decision: LayerDecision) -> bool:
+    return not decision.skipped_why and bool(decision.bits_a) and decision.granularity != "group"
+
+
+def _copy_schedule(source: Artifact, ctx: RunContext) -> Schedule | None:
+    """Carry the cache schedule and its corrections over; None = the source has none."""
+    if not (source.folder / SCHEDULE_FILE).is_file():
+        return None
+    schedule = read_schedule(source.folder)
+    names = [SCHEDULE_FILE, *([] if schedule.corrections is None else [schedule.corrections.file])]
+    for name in names:
+        shutil.copyfile(source.folder / name, ctx.payload / name)
+    return schedule
 
 
 def _attention_warning(count: int, target: str) -> str:

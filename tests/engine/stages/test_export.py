@@ -13,13 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qdm_cli
-from qdm_cli.engine.artifact import Artifact, Manifest
+from qdm_cli.engine.artifact import Artifact, Manifest, hash_file
+from qdm_cli.engine.caching.runtime import find_cut
+from qdm_cli.engine.caching.schedule import Corrections, ModelRef, hash_config, schedule_from_refreshes, write_schedule
+from qdm_cli.engine.caching.trace import trace_sampler
 from qdm_cli.engine.context import RunContext, StageResult
+from qdm_cli.engine.diffusion.sampling import generate
 from qdm_cli.engine.errors import GateFailed, InputError
 from qdm_cli.engine.models import load_pipeline
 from qdm_cli.engine.quant.state import STATE_FILE, write_state
 from qdm_cli.engine.quant.state_apply import apply_state_
-from qdm_cli.engine.recipe.schema import ExportSpec, Recipe
+from qdm_cli.engine.recipe.schema import ExportSpec, Recipe, SamplerSpec
 from qdm_cli.engine.runtime import selfcheck
 from qdm_cli.engine.stages.export import export
 
@@ -241,3 +245,67 @@ def test_codes_outside_their_bits_are_refused(bench: Bench) -> None:
     write_state(bench.source.folder, bench.state)
     with pytest.raises(InputError, match=r"mid_block\.resnets\.0\.conv1.*do not fit 4 bits"):
         bench.export(verify=False)
+
+
+class TestCacheSchedules:
+    """An export of a cached artifact carries the schedule; `load` follows it."""
+
+    @staticmethod
+    def cached_source(bench: Bench, *, quantized: bool) -> None:
+        """Give the bench a cached artifact with corrections: calls 0 and 3 of 5 in full."""
+        model = ModelRef(class_=type(bench.denoiser).__name__, config_sha256=hash_config(bench.denoiser.config))
+        loaded = load_pipeline(bench.recipe.model, bench.recipe.sampler)
+        cut = find_cut(bench.denoiser, 1)
+        schedule = schedule_from_refreshes((0, 3), cuts=[cut], model=model, sampler=trace_sampler(loaded, bench.recipe.sampler)[0])
+        path = bench.source.folder / "corrections.safetensors"
+        save_file({"scale.up1": torch.ones(5, cut.channels), "shift.up1": torch.full((5, cut.channels), 0.1)}, path)
+        held = Corrections(file=path.name, sha256=hash_file(path), kind="dec")
+        write_schedule(bench.source.folder, schedule.model_copy(update={"corrections": held}))
+        bench.source = Artifact(bench.source.folder, MANIFEST.model_copy(update={"kind": "cached", "stage": "cache"}))
+        if not quantized:
+            (bench.source.folder / STATE_FILE).unlink()
+
+    def image(self, pipeline: Any) -> torch.Tensor:
+        return generate(pipeline, self.sampler, count=1, output="latent")
+
+    sampler = SamplerSpec(scheduler="DDIMScheduler", steps=5)
+
+    @pytest.mark.parametrize("quantized", [True, False])
+    def test_load_follows_the_schedule(self, bench: Bench, quantized: bool) -> None:
+        self.cached_source(bench, quantized=quantized)
+        result = bench.export()
+        assert result.verified == "load" and result.simulated is False
+        card = (bench.out / "README.md").read_text()
+        assert "computes 2 of 5 denoiser calls" in card and ("Unknown quantization type" in card) == quantized
+        pipeline = qdm_cli.load(bench.out)
+        pipeline.set_progress_bar_config(disable=True)
+        cache = qdm_cli.cached(pipeline)
+        along = self.image(pipeline)
+        assert (cache.summary()["full"], cache.summary()["partial"]) == (2, 3)
+        with pytest.raises(InputError, match="already"):
+            qdm_cli.cached(pipeline, interval=2).enable()
+        cache.disable()
+        plain = self.image(pipeline)
+        assert not torch.equal(along, plain)
+        without = qdm_cli.load(bench.out, cache=False)
+        assert torch.equal(self.image(without), plain)
+        with qdm_cli.cached(without, bench.out):
+            assert torch.equal(self.image(without), along)
+
+    def test_a_changed_correction_is_refused(self, bench: Bench) -> None:
+        self.cached_source(bench, quantized=True)
+        bench.export(verify=False)
+        path = bench.out / "corrections.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        with pytest.raises(InputError, match="not the corrections"):
+            qdm_cli.load(bench.out)
+
+    def test_a_schedule_of_another_model_is_refused(self, bench: Bench) -> None:
+        self.cached_source(bench, quantized=True)
+        bench.export(verify=False)
+        data = json.loads((bench.out / "schedule.json").read_text())
+        data["model"]["config_sha256"] = "0" * 64
+        (bench.out / "schedule.json").write_text(json.dumps(data))
+        with pytest.raises(InputError, match="made for another model"):
+            qdm_cli.load(bench.out)
+        qdm_cli.load(bench.out, cache=False)

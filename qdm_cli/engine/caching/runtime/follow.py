@@ -32,6 +32,10 @@ class Source(Protocol):
     def cuts(self) -> tuple[Cut, ...]:
         """All cuts that actions may name."""
 
+    @property
+    def few(self) -> bool:
+        """Whether it was made for few steps, so that they were meant."""
+
     def actions(self, sampler: SamplerRef) -> Itinerary:
         """For a grid of timesteps."""
 
@@ -46,6 +50,10 @@ class FromSchedule:
     @property
     def cuts(self) -> tuple[Cut, ...]:
         return self.schedule.cuts
+
+    @property
+    def few(self) -> bool:
+        return self.schedule.sampler.steps <= FEW_STEPS
 
     def actions(self, sampler: SamplerRef) -> Itinerary:
         """
@@ -72,6 +80,7 @@ class EveryNth:
 
     cut: Cut
     interval: int
+    few: bool = False
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
@@ -109,7 +118,7 @@ class Itineraries:
     """
 
     def __init__(self, source: Source, *, force: bool):
-        self.source, self.force = source, force
+        self.source, self.force = source, force or source.few
         self._made: dict[tuple[Any, ...], Itinerary | None] = {}
 
     def of(self, scheduler: Any) -> Itinerary | None:

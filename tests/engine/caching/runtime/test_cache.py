@@ -190,6 +190,23 @@ class TestTraces:
         assert (cache.summary()["full"], cache.summary()["partial"]) == (5, 5)
 
 
+@pytest.mark.parametrize("name", ["tiny:ddpm", "tiny:dit"])
+def test_compiled_halves_are_one_graph_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all steps of two trajectories, without recompiling; the poison of tests hides `torch.empty` from the compiler."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "empty_like", getattr(torch.empty_like, "__wrapped__", torch.empty_like))
+    loaded = load_pipeline(ModelSpec(id=name), spec_of())
+    with qdm_cli.cached(loaded.pipeline, interval=3):
+        wanted = run(loaded)
+    torch._dynamo.reset()
+    counters.clear()
+    with qdm_cli.cached(loaded.pipeline, interval=3, compile={"backend": "eager"}):
+        assert torch.equal(run(loaded), wanted)
+        run(loaded)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"] and not counters["recompiles"]
+
+
 class TestKept:
     def test_one_tensor_and_none_afterwards(self, ddpm: LoadedPipeline) -> None:
         cut = find_cut(ddpm.denoiser, 2)

@@ -1,0 +1,148 @@
+"""Schedules judged on held-out samples: the 2 x 2 table, fewer steps at equal time, and budgets of quality (caching spec 4.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qdm_cli.engine.caching import dp, rules, verify
+from qdm_cli.engine.caching.config import CacheVerify, DpConfig
+from qdm_cli.engine.caching.drive import Loop, following
+from qdm_cli.engine.caching.latency import Latency
+from qdm_cli.engine.caching.planner import Subject, planned
+from qdm_cli.engine.caching.schedule import Cut, Figures, Schedule, schedule_from_refreshes
+from qdm_cli.engine.errors import GateFailed
+from qdm_cli.engine.evaluation.images import PairedMetrics
+
+if TYPE_CHECKING:
+    from qdm_cli.engine.context import RunContext
+
+Tables = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Models:
+    """own: the model that will run. base: the full-precision one; the same object where nothing is quantized."""
+
+    own: Loop
+    base: Loop
+
+    @property
+    def quantized(self) -> bool:
+        return self.own is not self.base
+
+
+def verified(
+    schedule: Schedule,
+    spec: CacheVerify,
+    models: Models,
+    cuts: list[Cut],
+    latency: Latency,
+    ctx: RunContext,
+    *,
+    corrections: Tables | None = None,
+) -> tuple[Schedule, dict[str, float | None]]:
+    """The schedule with its measured figures, and the metrics of the manifest; warns where quantization and cache amplify each other.
+
+    Args:
+        cuts: those that a uniform rival may use.
+        corrections: tables of the schedule; None = none.
+    """
+    count, batch = spec.samples, spec.batch
+    truth = verify.sample(models.base, count, batch)
+    uncached = verify.sample(models.own, count, batch) if models.quantized else truth
+    cached = verify.sample(models.own, count, batch, following(models.own, schedule, corrections))
+    found = chosen_scores(spec, cached, truth)
+    metrics: dict[str, float | None] = {"speedup_loop": uncached.seconds / cached.seconds, **found}
+    metrics["latent_error_to_uncached"] = verify.latent_error(cached, uncached)
+    if models.quantized:
+        other = verify.sample(models.base, count, batch, following(models.base, schedule, corrections))
+        table = verify.Interaction(*(verify.latent_error(samples, truth) for samples in (other, uncached, cached)))
+        metrics |= table.metrics()
+        rows = "; ".join(f"{name} {plain:.4f}, cached {both:.4f}" for name, plain, both in verify.table_rows(table))
+        ctx.events.log(f"latent error against full precision: {rows}")
+        if table.excess > 0.1 * (table.cache + table.quantization):
+            alone = f"{table.cache:.4f} (cache) and {table.quantization:.4f} (quantization) alone"
+            ctx.warn(f"cache and quantization amplify each other: latent error {table.joint:.4f} together, {alone}")
+    share = latency.of(schedule) / (latency.full_ms * schedule.sampler.calls)
+    baseline: dict[str, float | None] = {}
+    if spec.baseline != "none" and share < 1:
+        fewer = verify.fewer_steps(models.own, share)
+        other = verify.sample(fewer, count, batch)
+        baseline = {"steps": float(fewer.sampler.steps), **chosen_scores(spec, other, truth)}
+        metrics |= {f"fewer_steps_{name}": value for name, value in baseline.items()}
+        ctx.events.log(f"{fewer.sampler.steps} uncached steps take the same time: " + _shown(baseline) + "; cached: " + _shown(found))
+    if spec.baseline == "all":
+        metrics |= against_uniform(schedule, spec, cuts, models.own, latency, uncached, ctx)
+    figures = Figures(latency_ms=latency.of(schedule), speedup=1 / share, metrics=metrics, baseline=baseline)
+    return schedule.model_copy(update={"verified": figures}), metrics
+
+
+def against_uniform(
+    schedule: Schedule, spec: CacheVerify, cuts: list[Cut], loop: Loop, latency: Latency, uncached: verify.Samples, ctx: RunContext
+) -> dict[str, float | None]:
+    """Error and time of the uniform schedule that comes nearest to the uncached model, given no less time than `schedule`."""
+    found: list[tuple[float, float, str, int]] = []
+    for name, interval in verify.uniform_rivals(schedule.sampler, latency, latency.of(schedule)):
+        full = rules.to_calls(rules.uniform(schedule.sampler.step_of_call[-1] + 1, interval), schedule.sampler.step_of_call)
+        cut = [cut for cut in cuts if cut.id == name]
+        rival = schedule_from_refreshes(full, cuts=cut, model=schedule.model, sampler=schedule.sampler)
+        samples = verify.sample(loop, spec.samples, spec.batch, following(loop, rival))
+        found.append((verify.latent_error(samples, uncached), latency.of(rival), name, interval))
+    if not found:
+        return {"uniform_latent_error_to_uncached": None}
+    error, time_ms, name, interval = min(found)
+    ctx.events.log(
+        f"best uniform schedule: every {interval}th step in full, {name}: {time_ms:.1f} ms, latent error {error:.4f} to uncached"
+    )
+    return {"uniform_latent_error_to_uncached": error, "uniform_latency_ms": time_ms, "uniform_interval": float(interval)}
+
+
+def scores(own: verify.Samples, truth: verify.Samples) -> dict[str, float | None]:
+    """PSNR, SSIM (None for images below its window) and latent error of one set of samples against another."""
+    paired = PairedMetrics()
+    paired.add(own.images, truth.images)
+    found = paired.metrics()
+    return {"psnr": found["psnr"], "ssim": found["ssim"], "latent_error": verify.latent_error(own, truth)}  # type: ignore[dict-item]
+
+
+def chosen_scores(spec: CacheVerify, own: verify.Samples, truth: verify.Samples) -> dict[str, float | None]:
+    """The scores that `verify.metrics` names."""
+    names = {"psnr": "psnr", "ssim": "ssim", "latent": "latent_error"}
+    found = scores(own, truth)
+    return {names[name]: found[names[name]] for name in spec.metrics}
+
+
+def _shown(values: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None and name != "steps")
+
+
+def of_quality(spec: DpConfig, models: Models, subject: Subject, curve: list[dp.Plan], latency: Latency, ctx: RunContext) -> Schedule:
+    """The fastest schedule of the curve that keeps the error or PSNR of the budget, measured on held-out samples.
+
+    Raises:
+        GateFailed: not even the slowest does.
+    """
+    check = spec.verify or CacheVerify()
+    truth = verify.sample(models.own, check.samples, check.batch)
+    reached: dict[int, str] = {}
+
+    def passes(index: int) -> bool:
+        schedule = planned(curve[index], curve, spec, subject, latency)
+        found = verify.sample(models.own, check.samples, check.batch, following(models.own, schedule))
+        error, psnr = verify.latent_error(found, truth), scores(found, truth)["psnr"]
+        reached[index] = f"{latency.full_ms * subject.sampler.calls / curve[index].latency_ms:.2f}x: error {error:.4f}, {psnr:.2f} dB"
+        ctx.events.log(f"budget: {reached[index]}")
+        if spec.budget.latent_error is not None:
+            return error <= spec.budget.latent_error
+        return float(psnr or 0) >= float(spec.budget.psnr or 0)
+
+    index = verify.bisected(len(curve), passes)
+    if index is None:
+        raise GateFailed(
+            f"cache.budget: no schedule keeps it; the slowest reaches {reached[len(curve) - 1]}. Allow more error or more cuts."
+        )
+    return planned(curve[index], curve, spec, subject, latency)
