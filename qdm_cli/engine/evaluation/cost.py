@@ -284,17 +284,16 @@ def cache_speeds(
     """What the cache schedule of a model gains; null where it follows none.
 
     Args:
-        work: samples one batch.
-        cached_ms: time of `work` along the schedule.
+        work: samples one batch; it has just been called.
+        cached_ms: its time along the schedule.
     """
     names, cache = ("cache_speedup", "cache_full_share"), subject.cache
     if cache is None:
         return {key: value for name in names for key, value in ((name, None), (f"{name}_why", "the model follows no cache schedule"))}
-    counts = cache.summary()
+    full_share = cache.full_share()
     cache.disable()
     try:
         uncached_ms = measure(work)
     finally:
         cache.enable()
-    calls = counts["full"] + counts["partial"]
-    return {"cache_speedup": uncached_ms / cached_ms, "cache_full_share": counts["full"] / calls if calls else None}
+    return {"cache_speedup": uncached_ms / cached_ms, "cache_full_share": full_share}

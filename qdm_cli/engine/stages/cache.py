@@ -19,7 +19,6 @@ from qdm_cli.engine.artifact import hash_file, write_json
 from qdm_cli.engine.caching import dp, emit, plots, profile
 from qdm_cli.engine.caching.config import FEW_STEPS, BlockRange, DpConfig, RuleConfig
 from qdm_cli.engine.caching.drive import Loop
-from qdm_cli.engine.caching.judge import Models, of_quality, verified
 from qdm_cli.engine.caching.latency import Latency, measure
 from qdm_cli.engine.caching.planner import Subject, planned, problem_of, ruled
 from qdm_cli.engine.caching.runtime import candidate_cuts, find_cut
@@ -44,6 +43,7 @@ from qdm_cli.engine.quant.state import STATE_FILE, read_state
 from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime.choice import default_mode
 from qdm_cli.engine.runtime.modules import pack_denoiser_
+from qdm_cli.engine.stages._judge import Models, of_quality, verified
 
 if TYPE_CHECKING:
     from qdm_cli.engine.artifact import Artifact

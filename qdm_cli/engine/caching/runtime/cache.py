@@ -124,6 +124,10 @@ class Cache:
         if not self._was_enabled.pop():
             self.disable()
 
+    def full_share(self) -> float | None:
+        """Share of the present trajectory's calls that were computed in full; None = it has had none."""
+        return sum(kind == "full" for *_, kind in self.taken) / len(self.taken) if self.taken else None
+
     def summary(self) -> dict[str, Any]:
         """What has happened so far.
 
@@ -161,7 +165,8 @@ class Cache:
         """Stands for the denoiser's forward."""
         if self._clock.scheduler is not self.pipeline.scheduler:  # the pipeline was given another one, its timesteps are set by now
             self._clock.follow(self.pipeline.scheduler)
-            self._clock.open()
+            if getattr(self.pipeline.scheduler, "num_inference_steps", 1):  # None = it was never given timesteps
+                self._clock.open()
         place = self._clock.place(kwargs["timestep"] if "timestep" in kwargs else args[self._timestep_at])
         if place is None or self._itinerary is None:
             self._counts["outside" if place is None else "full"] += 1
