@@ -65,6 +65,21 @@ class AlignedConfig(Spec):
     """Share that the codes found so far have in the rounding to start from; the rest is the float weight."""
 
 
+class SoftmaxConfig(Spec):
+    """DAQ: probabilities of attention as powers of two or as multiples of a scale. Read where `quantize.attention` gives them at most 8
+    bits."""
+
+    adaptive: bool = True
+    """Choose for each attention and step group; false = multiples of a scale everywhere."""
+    by: Literal["error", "likelihood"] = "error"
+    """error = the smaller error of the attention's output, measured; likelihood = powers of two where a power law fits the probabilities
+    better than an exponential law, by maximum likelihood and by Kolmogorov-Smirnov distance."""
+    groups: int = Field(1, ge=1)
+    """Groups of consecutive denoising steps that choose apart. Not known of the paper."""
+    renormalise: bool = True
+    """Divide rows of powers of two by their sums, which drift to 1.02 to 1.05."""
+
+
 class TcaqDmConfig(CalibrateConfig):
     """Factors per input channel, reconstruction on quantized inputs, rounds on the model's own trajectories.
 
@@ -85,6 +100,8 @@ class TcaqDmConfig(CalibrateConfig):
     """Rounding of the weights, learnt together with the step sizes on quantized inputs."""
     activations: StepConfig = StepConfig()
     """Step sizes of the activations."""
+    softmax: SoftmaxConfig = SoftmaxConfig()
+    """Probabilities of attention (DAQ)."""
     aligned: AlignedConfig = AlignedConfig()
     """Rounds on the quantized model's own trajectories (PAR)."""
     largest_error: float | None = Field(None, gt=0)
@@ -106,9 +123,16 @@ def tcaqdm(
     **unused: Any,
 ) -> QuantState:
     """Choose the factors, reconstruct unit by unit, then align with the quantized model's own trajectories."""
+    from qdm_cli.engine.quant.adaptive_softmax import SoftmaxSettings, with_adaptive_softmax
     from qdm_cli.engine.quant.aligned import reconstruct_aligned
+    from qdm_cli.engine.quant.attention_ranges import with_attention
 
-    return reconstruct_aligned(denoiser, _plan(cfg, ctx), ctx, decisions=decisions, store=store, sample=sample)
+    state = reconstruct_aligned(denoiser, _plan(cfg, ctx), ctx, decisions=decisions, store=store, sample=sample)
+    state = with_attention(state, denoiser, ctx.recipe.quantize, store, cfg.samples_per_step)
+    if not (state.attention and cfg.softmax.adaptive):
+        return state
+    settings = SoftmaxSettings(cfg.softmax.by, cfg.softmax.groups, cfg.softmax.renormalise, cfg.samples_per_step)
+    return with_adaptive_softmax(state, denoiser, store, settings, ctx)
 
 
 def _plan(cfg: TcaqDmConfig, ctx: RunContext) -> AlignedPlan:

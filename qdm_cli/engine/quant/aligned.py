@@ -82,6 +82,7 @@ def reconstruct_aligned(
     Raises:
         GateFailed: NaN or infinity, a layer that is never reached, or an error above `largest_error`.
     """
+    denoiser.eval()  # dropout would make ranges and targets random
     chosen = {d.name: d for d in decisions if d.skipped_why is None}
     calls = CalibrationCalls(store, evenly_spaced(store.timesteps(), plan.calibration_steps), plan.samples_per_step)
     report: Report = {}

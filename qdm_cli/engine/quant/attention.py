@@ -60,10 +60,25 @@ def quantize_probabilities(p: torch.Tensor, scale: torch.Tensor, bits: int) -> t
     return (limited + (torch.round(limited) - limited).detach()) * scale
 
 
+def quantize_log2(p: torch.Tensor, scale: torch.Tensor, bits: int, *, renormalise: bool) -> torch.Tensor:
+    """Probabilities as scale * 2^-q with q = round(-log2(p / scale)) in 0..2^bits-2, straight through (TCAQ-DM; quantization spec 5.1).
+
+    The last code is zero: anything smaller than the smallest power, and zero itself, becomes 0. `renormalise`: rows (the last
+    dimension) are divided by their sums, which rounding moves away from 1.
+    """
+    last = 2**bits - 1
+    q = torch.round(-torch.log2(p.detach() / scale)).clamp(0, last)
+    rounded = torch.where(q == last, 0.0, torch.exp2(-q) * scale)
+    if renormalise:
+        rounded = rounded / rounded.sum(-1, keepdim=True).clamp_min(1e-8)
+    return p + (rounded - p).detach()
+
+
 class AttentionProducts(nn.Module):
     """Tables of one attention module.
 
-    Buffers: scales [R, 3] f32 and zero_points [R, 3] int8 of Q, K, V; softmax_scale [R] f32, or None with float probabilities.
+    Buffers: scales [R, 3] f32 and zero_points [R, 3] int8 of Q, K, V; softmax_scale [R] f32, or None with float probabilities;
+    softmax_log2 [R] int8, or None where no row is logarithmic.
     """
 
     scales: torch.Tensor
@@ -77,6 +92,7 @@ class AttentionProducts(nn.Module):
         self.register_buffer("scales", torch.ones(rows, 3, device=device))
         self.register_buffer("zero_points", torch.zeros(rows, 3, dtype=torch.int8, device=device))
         self.register_buffer("softmax_scale", None if decision.softmax_bits is None else torch.ones(rows, device=device))
+        self.register_buffer("softmax_log2", torch.zeros(rows, dtype=torch.int8, device=device) if decision.adaptive else None)
 
     def load_buffer_(self, name: str, value: torch.Tensor) -> None:
         """Take a stored table.
@@ -96,9 +112,18 @@ class AttentionProducts(nn.Module):
         self.calls += 1
         q_hat, k_hat, v_hat = (self._rounded(x.float(), operand) for operand, x in enumerate((q, k, v)))
         p = scores.probabilities(q_hat, k_hat)
-        if self.decision.softmax_bits is not None:
-            p = quantize_probabilities(p, self._now(cast(torch.Tensor, self.softmax_scale)), self.decision.softmax_bits)
-        return (p @ v_hat).to(q.dtype)
+        return (self._rounded_probabilities(p) @ v_hat).to(q.dtype)
+
+    def _rounded_probabilities(self, p: torch.Tensor) -> torch.Tensor:
+        bits, log2 = self.decision.softmax_bits, self._buffers["softmax_log2"]
+        if bits is None:
+            return p
+        scale = self._now(cast(torch.Tensor, self.softmax_scale))
+        uniform = quantize_probabilities(p, scale, bits)
+        if log2 is None:
+            return uniform
+        powers = quantize_log2(p, scale, bits, renormalise=self.decision.renormalise)
+        return torch.where(torch.round(self._now(log2.float())) == 1, powers, uniform)
 
     def _rounded(self, x: torch.Tensor, operand: int) -> torch.Tensor:
         grid = IntGrid(self.decision.bits)

@@ -48,13 +48,19 @@ def with_attention(state: QuantState, denoiser: nn.Module, quantize: QuantizeSpe
         raise InputError(f"{type(denoiser).__name__} has no attention to quantize.", path="quantize.attention")
     aware = bool(quantize.activations and quantize.activations.timestep_aware)
     decisions = [AttentionDecision(name, policy.bits, policy.softmax_bits, aware) for name in names]
-    student = copy.deepcopy(denoiser, memo={id(parameter): parameter for parameter in denoiser.parameters()}).eval()
-    apply_state_(student, state)
+    student = float_attention_student(denoiser, state)
     keys = [float(key) for key in state.step_keys] if aware and len(state.step_keys) > 1 else None
     values = _observe(student, names, store, samples, keys)
     rows = len(keys) if keys else 1
     attention = {d.name: _tables(d, values, rows, RangeRule(policy.init)) for d in decisions}
     return replace(state, attention=attention)
+
+
+def float_attention_student(denoiser: nn.Module, state: QuantState) -> nn.Module:
+    """A quantized copy in eval mode whose attentions multiply floats; untouched parameters are shared."""
+    student = copy.deepcopy(denoiser, memo={id(parameter): parameter for parameter in denoiser.parameters()}).eval()
+    apply_state_(student, replace(state, attention={}))
+    return student
 
 
 def _observe(student: nn.Module, names: list[str], store: TrajectoryStore, samples: int, keys: list[float] | None) -> Values:

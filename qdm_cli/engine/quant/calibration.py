@@ -244,10 +244,11 @@ def cut_call(store: TrajectoryStore, record: CallRecord, count: int) -> dict[str
 
 def thin(x: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
     """`count` random values of x and its two extremes, on the CPU in f32; all of them when there are no more."""
-    flat = x.detach().float().flatten().cpu()
+    flat = x.detach().float().flatten()
     if flat.numel() > count:
-        flat = torch.cat([flat[torch.randint(flat.numel(), (count,), generator=rng)], flat.amin()[None], flat.amax()[None]])
-    return flat
+        picks = torch.randint(flat.numel(), (count,), generator=rng).to(flat.device)
+        flat = torch.cat([flat[picks], flat.amin()[None], flat.amax()[None]])
+    return flat.cpu()
 
 
 def _as_it_is(x: torch.Tensor) -> torch.Tensor:

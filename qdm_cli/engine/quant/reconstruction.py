@@ -112,7 +112,7 @@ class Pair:
             if not all(bool(torch.isfinite(value).all()) for value in outputs_of(output)):
                 raise GateFailed(f"The output of {unit.name} holds NaN or infinity at timestep {timestep_of(arguments):g}.")
             data.add(inputs, output, timestep_of(arguments), len(sample_tensor(arguments)))
-        return data.open()
+        return data.open(self.device)
 
     def layout(self, unit: Unit) -> Layout:
         """Which of the unit's arguments hold one part per sample."""

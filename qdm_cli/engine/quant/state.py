@@ -79,12 +79,16 @@ class AttentionDecision:
         bits: of Q, K and V.
         softmax_bits: of the probabilities; None = floats.
         timestep_aware: one row of the tables per denoising step.
+        adaptive: rows of the table may round probabilities to powers of two instead of multiples of a scale (TCAQ-DM).
+        renormalise: rows of probabilities that were rounded to powers of two are divided by their sums.
     """
 
     name: str
     bits: int
     softmax_bits: int | None
     timestep_aware: bool = False
+    adaptive: bool = False
+    renormalise: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,18 +98,20 @@ class AttentionState:
     Attributes:
         scales: f32 [R, 3] of Q, K, V; R = 1 unless timestep-aware.
         zero_points: int8 [R, 3].
-        softmax_scale: f32 [R] of the unsigned probabilities; None = they stay floats.
+        softmax_scale: f32 [R] of the unsigned probabilities; None = they stay floats. In a logarithmic row, the largest probability.
+        softmax_log2: int8 [R], 1 = powers of two; None = no row.
     """
 
     decision: AttentionDecision
     scales: torch.Tensor
     zero_points: torch.Tensor
     softmax_scale: torch.Tensor | None = None
+    softmax_log2: torch.Tensor | None = None
 
     def at_rows(self, rows: torch.Tensor) -> AttentionState:
         """The same tables with other rows."""
-        softmax = None if self.softmax_scale is None else self.softmax_scale[rows]
-        return replace(self, scales=self.scales[rows], zero_points=self.zero_points[rows], softmax_scale=softmax)
+        softmax, log2 = (None if table is None else table[rows] for table in (self.softmax_scale, self.softmax_log2))
+        return replace(self, scales=self.scales[rows], zero_points=self.zero_points[rows], softmax_scale=softmax, softmax_log2=log2)
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ class QuantState:
     attention: dict[str, AttentionState] = field(default_factory=dict)
 
 
-_ATTENTION_TENSORS = ("scales", "zero_points", "softmax_scale")
+_ATTENTION_TENSORS = ("scales", "zero_points", "softmax_scale", "softmax_log2")
 _TENSORS = ("codes", "weight_scale", "weight_zero_point", "bias", "act_scale", "act_zero_point", "pre_scale")
 
 

@@ -1,7 +1,7 @@
 """Inputs and targets of one unit on disk: captured call by call, read back in minibatches, bounded in memory.
 
-Bound: `memory` bytes of unit data, one captured call and one minibatch. A set that fits into `memory` is read once and kept; a
-larger one stays in its shards, of which only the rows of a minibatch are read.
+Bound: `memory` bytes of unit data, one captured call and one minibatch. A set that fits into `memory` is read once and kept where the
+model lies; a larger one stays in its shards, of which only the rows of a minibatch are read.
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ class UnitData:
         self._starts.append(self.samples + samples)
         self._timesteps.append(torch.full((samples,), float(timestep), dtype=torch.float64))
 
-    def open(self) -> UnitData:
-        """End of capturing: keep everything if it fits, else open the shards."""
+    def open(self, device: torch.device | str = "cpu") -> UnitData:
+        """End of capturing: keep everything on `device` if it fits, else open the shards."""
         self._shards = [safe_open(path, framework="pt") for path in sorted(self.folder.glob("*.safetensors"))]
         self._all_timesteps = torch.cat(self._timesteps)
         if self.bytes <= self.memory:
             names = list(self._shards[0].keys())
-            self._held = {name: torch.cat([shard.get_tensor(name) for shard in self._shards]) for name in names}
+            self._held = {name: torch.cat([shard.get_tensor(name) for shard in self._shards]).to(device) for name in names}
             self._shards = []
         return self
 
@@ -151,7 +151,7 @@ class UnitData:
     def _read(self, name: str, rows: torch.Tensor, per_sample: int) -> torch.Tensor:
         if self._held is not None:
             value = self._held[name]
-            return value[rows] if per_sample == 1 else value[_expand(rows, per_sample)]
+            return value[(rows if per_sample == 1 else _expand(rows, per_sample)).to(value.device)]
         parts = []
         for row in rows.tolist():
             shard = self._shard_of(row)

@@ -201,6 +201,18 @@ class TestUnitData:
         assert size == 72 * 4 * (16 + 16 + 16)  # hidden states, time embedding, output
         assert self.capture(tmp_path / "b", size - 1).held_bytes == 0
 
+    @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is read from /proc")
+    def test_memory_of_the_process_keeps_the_bound(self, tmp_path):
+        """96 MiB of samples: measured in a process of its own, beyond what it had before, pages of the shards' files not counted."""
+        live_only = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc would keep freed blocks of this size for itself
+        held, streamed = (
+            int(subprocess.check_output([sys.executable, "-c", MEMORY_CHILD, str(tmp_path / name), name], env=live_only).split()[-1])
+            for name in ("100663296", "4194304")
+        )
+        assert held >= 96 * 2**20
+        # the bound, one call of 1.5 MiB as tensors and as the bytes that are written, one minibatch of as much
+        assert streamed <= 4 * 2**20 + 3 * 1.5 * 2**20
+
     def test_what_grows_with_the_batch_is_per_sample(self):
         one = ((torch.zeros(1, 3), torch.zeros(4, 2)), {"pairs": torch.zeros(2, 5), "scale": 1.0, "t": torch.tensor(3.0)})
         two = ((torch.zeros(2, 3), torch.zeros(4, 2)), {"pairs": torch.zeros(4, 5), "scale": 1.0, "t": torch.tensor(3.0)})
@@ -217,6 +229,29 @@ class TestUnitData:
             batch = data.batch(data.draw(16, torch.Generator().manual_seed(seed)))
             assert set(batch.call[0][0].flatten().tolist()) == {float(batch.call[0][1])}
         assert sum(len(piece) for piece in data.spread(12)) == 12 and len(data.spread(12)) == 2
+
+
+MEMORY_CHILD = """
+import sys, torch
+from pathlib import Path
+from qdm_cli.engine.quant.unit_data import Layout, UnitData
+torch.set_num_threads(1)
+def anonymous():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+rows = lambda n: ((torch.ones(n, 64, 32, 32),), {})
+data = UnitData(Path(sys.argv[1]), Layout.of(rows(1), rows(2)), int(sys.argv[2]))
+start, most = anonymous(), 0
+for _ in range(64):
+    data.add(rows(4), torch.ones(4, 32, 32, 32), 0.0, 4)
+    most = max(most, anonymous())
+data.open()
+rng = torch.Generator().manual_seed(0)
+for _ in range(40):
+    batch = data.batch(data.draw(4, rng))
+    most = max(most, anonymous())
+print(most - start)
+"""
 
 
 class TestLoss:
