@@ -44,6 +44,7 @@ class Probe:
     linear: Exact
     conv2d: Exact
     fp32: bool  # float32 matmul and convolution return exact integers
+    bf16_output: bool = False  # oneDNN rounds its float32 result once to bfloat16
     fused_bias: bool = False  # oneDNN adds a bias after its own multiply by the scale, with a rounding between them as in the contract
 
     def int8(self, op: str) -> Exact:
@@ -121,8 +122,9 @@ def probe() -> Probe:
     """
     with torch.no_grad():
         linear, conv2d = _exactness(_linear_is_exact), _exactness(_conv2d_is_exact)
-        fused = Exact.NONE not in (linear, conv2d) and _fused_bias_is_exact()
-        return Probe(linear, conv2d, fp32=_fp32_is_exact(), fused_bias=fused)
+        runs = Exact.NONE not in (linear, conv2d)
+        fused, bf16 = (runs and _epilogue_is_exact(dtype) for dtype in (torch.float32, torch.bfloat16))
+        return Probe(linear, conv2d, fp32=_fp32_is_exact(), bf16_output=bf16, fused_bias=fused)
 
 
 def _exactness(is_exact: Callable[[int], bool]) -> Exact:
@@ -174,16 +176,20 @@ def _conv2d_is_exact(limit: int) -> bool:
     return True
 
 
-def _fused_bias_is_exact() -> bool:
-    """False where the multiply and the add are contracted into one operation, which differs in the last bit."""
+def _epilogue_is_exact(dtype: torch.dtype) -> bool:
+    """False where multiply and add are contracted, which differs in the last bit, or where the output is missing or rounded otherwise."""
     rng = torch.Generator().manual_seed(3)
     x = torch.randint(0, 256, (65, 256), generator=rng, dtype=torch.uint8)
     w = torch.randint(-64, 65, (64, 256), generator=rng, dtype=torch.int8)
     scale, bias, zeros = _scales(64), torch.randn(64, generator=rng), torch.zeros(64, dtype=torch.int64)
-    want = (x.long() @ w.long().T).float() * scale + bias
+    want = ((x.long() @ w.long().T).float() * scale + bias).to(dtype)
     image, point = x.view(65, 256, 1, 1).contiguous(memory_format=torch.channels_last), Conv2dGeometry()
-    conv = onednn.conv2d(image, 0, onednn.pack_conv2d(w.view(64, 256, 1, 1), point), scale, zeros, point, bias=bias)
-    linear = onednn.linear(x, 0, onednn.pack_linear(w), scale, zeros, bias=bias)
+    packed = onednn.pack_linear(w), onednn.pack_conv2d(w.view(64, 256, 1, 1), point)
+    try:
+        linear = onednn.linear(x, 0, packed[0], scale, zeros, bias=bias, out_dtype=dtype)
+        conv = onednn.conv2d(image, 0, packed[1], scale, zeros, point, bias=bias, out_dtype=dtype)
+    except RuntimeError:  # this build or CPU has no such output
+        return False
     return torch.equal(linear, want) and torch.equal(conv.flatten(1), want)
 
 

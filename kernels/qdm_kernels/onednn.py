@@ -1,4 +1,4 @@
-"""The oneDNN int8 operators behind torch's private API, in one place: unsigned activations, signed weights, float32 out.
+"""The oneDNN int8 operators behind torch's private API, in one place: unsigned activations, signed weights, float32 or bfloat16 out.
 
 Output = float(sum_k (x - zero_point) * w) * scale, one multiply. The zero point is an argument of each call, not of the packing:
 the packed weight does not depend on the one given to `qconv_prepack` (tested), so a step's row can change without packing again.
@@ -17,9 +17,12 @@ def pack_linear(codes: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
 
 
-def linear(x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, zeros: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """Integer product: x [M, K] uint8, scale [N] float32, zeros [N] int64 (all 0) -> [M, N] float32."""
-    return torch.ops.onednn.qlinear_pointwise(x, 1.0, zero_point, packed, scale, zeros, bias, 1.0, 0, torch.float32, "none", [], "")
+def linear(
+    x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, zeros: Tensor, *, bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """Integer product: x [M, K] uint8, scale [N] float32, zeros [N] int64 (all 0) -> [M, N] float32, or rounded once to bfloat16."""
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, zero_point, packed, scale, zeros, bias, 1.0, 0, out_dtype, "none", [], "")
 
 
 def pack_conv2d(codes: Tensor, geometry: Conv2dGeometry) -> Tensor:
@@ -30,12 +33,13 @@ def pack_conv2d(codes: Tensor, geometry: Conv2dGeometry) -> Tensor:
 
 
 def conv2d(
-    x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, zeros: Tensor, geometry: Conv2dGeometry, *, bias: Tensor | None = None
-) -> Tensor:
-    """Integer convolution: x [B, I, H, W] uint8 -> [B, O, H', W'] float32, both channels_last. Padding is real 0, the code zero_point."""
+    x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, zeros: Tensor, geometry: Conv2dGeometry, *, bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """Integer convolution: x [B, I, H, W] uint8 -> [B, O, H', W'], both channels_last. Padding is real 0, the code zero_point."""
     g = geometry
     where: Sequence[list[int] | int] = ([*g.stride], [*g.padding], [*g.dilation], g.groups)
-    args = (x, 1.0, zero_point, packed, scale, zeros, bias, *where, 1.0, 0, torch.float32, "none", [], "")
+    args = (x, 1.0, zero_point, packed, scale, zeros, bias, *where, 1.0, 0, out_dtype, "none", [], "")
     return torch.ops.onednn.qconv2d_pointwise(*args)
 
 

@@ -27,6 +27,22 @@ def test_close_to_float64(shape: tuple[int, ...], dtype: torch.dtype, monkeypatc
     assert got.dtype == dtype
     assert got.shape == want.shape
     assert (got.double() - want).norm() <= 0.01 * want.norm()
+    tiled = cpu.tiled(q, k, v, width**-0.5)
+    assert tiled.dtype == dtype
+    assert (tiled.double() - want).norm() <= 0.01 * want.norm()
+
+
+def test_a_common_part_of_the_keys_costs_no_precision() -> None:
+    """Scores of several hundred, whose bf16 steps would be larger than 1, differ by little."""
+    q, k, v = (draw(1, 2, 130, 40, seed=seed) for seed in (0, 1, 2))
+    k = k + 100
+    want = reference.attention(q.double(), k.double(), v.double(), 40**-0.5)
+    assert (op.attention(q, k, v).double() - want).norm() <= 0.01 * want.norm()
+
+
+def test_the_output_lies_as_processors_read_it() -> None:
+    q, k, v = (draw(2, 3, 70, 16, seed=seed) for seed in (0, 1, 2))
+    assert cpu.attention(q, k, v, 0.25).transpose(1, 2).is_contiguous()
 
 
 def test_the_scale_counts_and_large_scores_do_not_overflow() -> None:
@@ -53,21 +69,32 @@ def test_other_shapes_are_refused(shapes) -> None:
 
 def test_every_refusal_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "why_not_cpu", lambda: None)
+    monkeypatch.setattr(op, "has_tiles", lambda: False)
     long = draw(1, 1, 1024, 8)
     assert op.why_not(long, long, long) is None
     assert "below 1024" in (op.why_not(long, long[:, :, :77], long[:, :, :77]) or "")
     assert "float64" in (op.why_not(long.double(), long, long) or "")
-    assert op.why_not(long.requires_grad_(), long, long) == "gradients"
+    assert op.why_not(long.clone().requires_grad_(), long, long) == "gradients"
     assert "equal heads" in (op.why_not(long, long[0], long[0]) or "")
+    monkeypatch.setattr(op, "has_tiles", lambda: True)
+    assert op.why_not(long[:, :, :300], long[:, :, :300], long[:, :, :300]) is None
+    assert "tiles" in (op.why_not(*[long.bfloat16()] * 3) or "")
     monkeypatch.setattr(op, "why_not_cpu", lambda: "no native bf16")
     assert op.why_not(long, long, long) == "no native bf16"
 
 
 @pytest.mark.parametrize(
-    ("flags", "cap", "runs"),
-    [({"avx512_bf16": True}, "", True), ({"avx512_bf16": True}, "AVX512_CORE_VNNI", False), ({"avx2": True}, "", False)],
+    ("flags", "cap", "runs", "tiles"),
+    [
+        ({"avx512_bf16": True}, "", True, False),
+        ({"avx512_bf16": True}, "AVX512_CORE_VNNI", False, False),
+        ({"amx_bf16": True}, "", True, True),
+        ({"amx_bf16": True}, "AVX512_CORE_BF16", True, False),
+        ({"avx2": True}, "", False, False),
+    ],
 )
-def test_the_probe_reads_flags_and_the_cap(flags: dict, cap: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_reads_flags_and_the_cap(flags: dict, cap: str, runs: bool, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
     assert (op.why_not_cpu.__wrapped__() is None) == runs
+    assert op.has_tiles.__wrapped__() == tiles

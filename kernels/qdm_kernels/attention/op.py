@@ -10,19 +10,35 @@ from qdm_kernels.attention import cpu
 from qdm_kernels.prepared import integer_op
 
 SHORTEST = 1024  # queries and keys; below, torch's kernel keeps all scores in the cache
+SHORTEST_TILED = 256  # where AMX multiplies
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 @functools.cache
 def why_not_cpu() -> str | None:
     """Why this CPU gains nothing; None = it multiplies bf16 natively."""
-    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    flags = _flags()
     if not any(flags.get(name) for name in _BF16_FLAGS):
         return "this CPU has no native bf16: torch's float32 attention is faster"
-    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    cap = _cap()
     if cap and not any(name in cap for name in ("BF16", "AMX", "FP16", "DEFAULT", "ALL")):
         return f"oneDNN is capped to {cap}, without native bf16"
     return None
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Does this CPU multiply bf16 in AMX tiles, and is oneDNN free to?"""
+    cap = _cap()
+    return bool(_flags().get("amx_bf16")) and (not cap or any(name in cap for name in ("AMX", "DEFAULT", "ALL")))
+
+
+def _flags() -> dict[str, object]:
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def _cap() -> str:
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -35,8 +51,11 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "queries, keys and values are [B, H, L, d] with equal heads and widths"
     if q.dtype not in (torch.float32, torch.bfloat16):
         return f"computes in bf16, the queries are {q.dtype}"
-    if min(q.shape[2], k.shape[2]) < SHORTEST:
-        return f"sequences below {SHORTEST}"
+    shortest = SHORTEST_TILED if has_tiles() else SHORTEST
+    if min(q.shape[2], k.shape[2]) < shortest:
+        return f"sequences below {shortest}"
+    if has_tiles() and q.dtype == torch.bfloat16:
+        return "torch's own kernel is the one that this CPU's tiles run"
     return "gradients" if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)) else None
 
 
@@ -48,4 +67,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """
     if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.shape != v.shape or q.shape[3] != k.shape[3] or k.shape[2] == 0:
         raise ValueError(f"q [B, H, L, d] and k, v [B, H, S > 0, d], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    return cpu.attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    run = cpu.tiled if has_tiles() else cpu.attention
+    return run(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)

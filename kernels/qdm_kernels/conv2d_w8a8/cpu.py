@@ -86,8 +86,14 @@ def accumulate(x: Tensor, zero_point: Tensor, state: Int8 | Float32) -> Tensor:
     return _accumulate_float32(x, z, state)
 
 
-def conv2d(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Int8 | Float32) -> Tensor:
-    """float(accumulator) * (x_scale * w_scale) + bias; w_scale, bias: [O, 1, 1]. -> float32 [B, O, H', W'], channels_last."""
+def conv2d(
+    x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Int8 | Float32,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """float(accumulator) * (x_scale * w_scale) + bias; w_scale, bias: [O, 1, 1]. -> [B, O, H', W'] channels_last.
+
+    float32, or `out_dtype` where that saves a pass.
+    """
     z = int(zero_point)
     if isinstance(state, Float32):
         return rescale_(_sums_float32(x, z, state), x_scale, w_scale, bias)
@@ -95,9 +101,12 @@ def conv2d(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias
     if state.row_sums is None and state.centre is None and x_scale.dim() == 0:
         # oneDNN multiplies the converted accumulator once: the contract's own rounding (probed), one pass less over y.
         x, g = _bordered(unsigned, z + 128, state)
-        fused = bias.flatten() if bias is not None and backend.probe().fused_bias else None
-        y = onednn.conv2d(x, z + 128, state.packed, x_scale * w_scale.flatten(), state.zeros, g, bias=fused)
-        return y if bias is None or fused is not None else y.add_(bias)
+        probe = backend.probe()
+        fused = bias.flatten() if bias is not None and probe.fused_bias else None
+        whole = bias is None or fused is not None
+        direct = out_dtype if whole and probe.bf16_output and out_dtype == torch.bfloat16 else torch.float32
+        y = onednn.conv2d(x, z + 128, state.packed, x_scale * w_scale.flatten(), state.zeros, g, bias=fused, out_dtype=direct)
+        return y if whole else y.add_(bias)
     return rescale_(_sums_int8(unsigned, z + 128, state), x_scale, w_scale, bias)
 
 

@@ -40,6 +40,11 @@ class Epilogue:
             raise ValueError(f"step is one int32, got {self.step.dtype} {tuple(self.step.shape)}")
 
     @property
+    def only_casts(self) -> bool:
+        """Nothing but the output's floating-point type is left to do."""
+        return self.activation == "none" and self.residual is None and self.out_dtype != torch.int8
+
+    @property
     def plain(self) -> bool:
         """float32 and nothing else."""
         return self.activation == "none" and self.residual is None and self.out_dtype == torch.float32

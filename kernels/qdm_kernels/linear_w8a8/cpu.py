@@ -81,15 +81,20 @@ def _masked(x: Tensor, z: int, slices: tuple[Slice, ...]):
         yield part
 
 
-def linear(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Int8 | Float32) -> Tensor:
-    """float(accumulator) * (x_scale * w_scale) + bias: x int8 [M, K] -> float32 [M, N]."""
+def linear(
+    x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Int8 | Float32,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """float(accumulator) * (x_scale * w_scale) + bias: x int8 [M, K] -> [M, N], float32 or, where that saves a pass, `out_dtype`."""
     if isinstance(state, Float32):
         return rescale_(_sums_float32(x, zero_point, state), x_scale, w_scale, bias)
     unsigned, z = onednn.to_unsigned(x), int(zero_point) + 128
     if state.centre is None and x_scale.dim() == 0:
         # oneDNN multiplies the converted accumulator once: the contract's own rounding (probed), one pass less over y.
-        fused = bias if backend.probe().fused_bias else None
-        y = onednn.linear(unsigned, z, state.packed, x_scale * w_scale, state.zeros, bias=fused)
+        probe = backend.probe()
+        fused = bias if probe.fused_bias else None
+        direct = out_dtype if fused is bias and probe.bf16_output and out_dtype == torch.bfloat16 else torch.float32
+        y = onednn.linear(unsigned, z, state.packed, x_scale * w_scale, state.zeros, bias=fused, out_dtype=direct)
         return y if bias is fused else y.add_(bias)
     sums = onednn.linear(unsigned, z, state.packed, state.ones, state.zeros)
     if state.centre is not None:

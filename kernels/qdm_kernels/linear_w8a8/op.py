@@ -140,7 +140,8 @@ def _run(
     if state.strategy == "triton":
         return home.linear(rows, x_scale.float(), x_zero_point, w_scale, bias, state, end).reshape(shape)
     s, z = pick(x_scale, end.step).float(), pick(x_zero_point, end.step)
-    y = home.linear(rows, s.reshape(()) if s.numel() == 1 else s, z, w_scale, bias, state)
+    direct = (end.out_dtype,) if state.strategy == "onednn" and end.only_casts else ()
+    y = home.linear(rows, s.reshape(()) if s.numel() == 1 else s, z, w_scale, bias, state, *direct)
     return finish(y.reshape(shape), end)
 
 

@@ -361,7 +361,7 @@ class PackedLinear(PackedLayer):
 
     def _product(self, x: Tensor, scale: Tensor, zero_point: Tensor, prepared: Any) -> Tensor:
         codes = quantize(x, scale, zero_point, cast(int, self.spec.bits_a))
-        return linear_op.linear(codes, scale, zero_point.reshape(()), prepared)
+        return linear_op.linear(codes, scale, zero_point.reshape(()), prepared, out_dtype=_out_dtype(x))
 
     def product_together(self, x: Tensor, prepared: Any) -> Tensor | None:
         """Outputs of several layers that `reuse` packed as one; None when samples have zero points of their own."""
@@ -399,7 +399,7 @@ class PackedConv2d(PackedLayer):
 
     def _integer_forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         codes = quantize(x, scale, zero_point, cast(int, self.spec.bits_a))
-        return conv2d_op.conv2d(codes, scale, zero_point.reshape(()), self.prepared)
+        return conv2d_op.conv2d(codes, scale, zero_point.reshape(()), self.prepared, out_dtype=_out_dtype(x))
 
     def _apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         s = self.spec
@@ -480,3 +480,8 @@ def pack_denoiser_(denoiser: nn.Module, state: QuantState, mode: Mode = "exact")
 
 def _per_sample(value: Tensor, ndim: int) -> Tensor:
     return value if value.ndim == 0 else value.reshape(-1, *([1] * (ndim - 1)))
+
+
+def _out_dtype(x: Tensor) -> torch.dtype:
+    """What a kernel writes for an input x: its dtype where kernels know it."""
+    return x.dtype if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
