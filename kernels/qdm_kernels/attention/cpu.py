@@ -34,4 +34,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The same by torch's kernel in bfloat16."""
-    return F.scaled_dot_product_attention(*(t.bfloat16() for t in (q, k, v)), scale=scale).to(q.dtype)
+    return F.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), scale=scale).to(q.dtype)
