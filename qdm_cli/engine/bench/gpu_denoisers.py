@@ -19,10 +19,10 @@ from qdm_cli.engine.bench.denoisers import count_layers
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.models.published import CONFIGS, build_published_on
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
-from qdm_cli.engine.quant.calibration import RangeRule, code_layer
 from qdm_cli.engine.quant.config import ActivationPolicy, QuantizeSpec, WeightPolicy
-from qdm_cli.engine.quant.grid import IntGrid, QParams, qparams_from_range
+from qdm_cli.engine.quant.grid import IntGrid, PerChannel, QParams, choose_qparams, qparams_from_range, quantize
 from qdm_cli.engine.quant.rules import resolve
+from qdm_cli.engine.quant.state import LayerDecision, LayerState
 from qdm_cli.engine.quant.state_apply import replace_
 from qdm_cli.engine.runtime.choice import Choice
 from qdm_cli.engine.runtime.gpu import Form
@@ -80,7 +80,7 @@ def pack_in_place_(model: nn.Module, call: dict[str, Any], bits: int, steps: int
         layer = model.get_submodule(decision.name)
         rows = steps if decision.timestep_aware else 1
         found = None if decision.name not in ranges else _table(*ranges[decision.name], rows)
-        packed = packed_from_state(code_layer(layer, decision, RangeRule("max"), found), layer, steps)
+        packed = packed_from_state(_coded(layer, decision, found), layer, steps)
         packed.step = step
         replace_(model, decision.name, packed)
         packed.requires_grad_(False)
@@ -100,6 +100,16 @@ def _ranges(model: nn.Module, call: dict[str, Any], names: list[str]) -> dict[st
     for handle in handles:
         handle.remove()
     return found
+
+
+def _coded(layer: nn.Module, decision: LayerDecision, activation: QParams | None) -> LayerState:
+    """Codes of a layer's weight on the device where it lies; `calibration.code_layer` brings them to the CPU."""
+    weight, grid = cast(Tensor, layer.weight).float(), IntGrid(decision.bits_w)
+    params = choose_qparams(weight, grid, PerChannel(0), symmetric=True)
+    scale, zero = (None, None) if activation is None else (activation.scale, activation.zero_point.to(torch.int8))
+    bias = None if layer.bias is None else cast(Tensor, layer.bias).float()
+    codes = quantize(weight, params, grid, PerChannel(0))
+    return LayerState(decision, codes, params.scale, params.zero_point.to(torch.int8), bias, scale, zero)
 
 
 def _table(low: Tensor, high: Tensor, rows: int) -> QParams:

@@ -61,6 +61,11 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def possible() -> bool:
+    """May layers of this process come to a GPU?"""
+    return torch.cuda.is_available()
+
+
 @torch.no_grad()
 def make_form(layer: PackedLayer) -> Form:
     """Choose and lay out the weight of a layer that lies on a GPU; its codes and the kernel's become one allocation."""
@@ -133,7 +138,7 @@ def join(layers: Sequence[PackedLayer]) -> Any:
 
 
 def forward(layer: PackedLayer, x: Tensor) -> Tensor:
-    """A packed layer on its GPU: x float -> the same dtype.
+    """A packed layer on its GPU: x float -> the same dtype, or the layer's own int8 codes (`runtime.fused`) -> the denoiser's dtype.
 
     Raises:
         ValueError: x lies on another device.
@@ -155,14 +160,19 @@ def forward(layer: PackedLayer, x: Tensor) -> Tensor:
 def product(layer: PackedLayer, x: Tensor, prepared: Any) -> Tensor | None:
     """Outputs of an integer layer, or of several `prepared` together; None when samples have zero points of their own."""
     a = activation(layer, x)
-    return None if a is None else multiply(layer, a, prepared, x.dtype)
+    return None if a is None else multiply(layer, a, prepared, output_dtype(layer, x))
 
 
-def multiply(layer: PackedLayer, a: Activation, prepared: Any, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
-    """Codes times weights, finished by the kernel: scales, bias, residual, and the cast to `dtype`."""
+def output_dtype(layer: PackedLayer, x: Tensor) -> torch.dtype:
+    """That of x, or of the denoiser where x is codes."""
+    return x.dtype if x.is_floating_point() else layer.compute_dtype or torch.float32
+
+
+def multiply(layer: PackedLayer, a: Activation, prepared: Any, dtype: torch.dtype, **epilogue: Any) -> Tensor:
+    """Codes times weights, finished by the kernel: scales, bias, `epilogue`, and the cast to `dtype`."""
     run: Any = linear_w8a8.linear if layer.spec.kind == "linear" else conv2d_w8a8.conv2d
-    out = dtype if dtype in _OUTPUTS else torch.float32
-    return run(a.codes, a.scale, a.zero_point, prepared, step=a.step, out_dtype=out, residual=residual).to(dtype)
+    out = dtype if dtype in (*_OUTPUTS, torch.int8) else torch.float32
+    return run(a.codes, a.scale, a.zero_point, prepared, step=a.step, out_dtype=out, **epilogue).to(dtype)
 
 
 def activation(layer: PackedLayer, x: Tensor) -> Activation | None:
@@ -170,6 +180,8 @@ def activation(layer: PackedLayer, x: Tensor) -> Activation | None:
     spec = layer.spec
     bits = cast(int, spec.bits_a)
     zero = cast(Tensor, layer.form.zero)
+    if x.dtype == torch.int8:
+        return Activation(x, *cast(Any, tables(layer, x.device)))
     if spec.act == "dynamic" and spec.act_symmetric and spec.kind == "linear":
         codes, scale = quantize_per_token(x, bits)
         return Activation(codes, scale, zero, None)

@@ -73,7 +73,11 @@ class PackedLayer(nn.Module):
     def forward(self, x: Tensor, *unused: object) -> Tensor:
         """x: float, [..., K] or [B, I, H, W] -> the same dtype. `unused`: diffusers passes a LoRA scale to some layers."""
         factors = self._buffers["pre_scale"]
-        return self._forward(x) if factors is None else self._forward(x.float() * self._per_output(factors)).to(x.dtype)
+        return (
+            self._forward(x)
+            if factors is None or x.dtype == torch.int8
+            else self._forward(x.float() * self._per_output(factors)).to(x.dtype)
+        )
 
     def _forward(self, x: Tensor) -> Tensor:
         """The layer on an input whose channels have their factors."""
@@ -322,6 +326,13 @@ class PackedLayer(nn.Module):
         if gpu.is_gpu(self.weight.device):
             self.step.place_(self.weight.device)
             self.form  # noqa: B018
+            if isinstance(self.reuse, SharedInput):
+                self.reuse.settle_()
+
+    @property
+    def settled(self) -> bool:
+        """Has it what calls on a GPU need?"""
+        return self._form is not None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget_()

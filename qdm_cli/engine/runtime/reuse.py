@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from qdm_cli.engine.runtime.modules import PackedLinear
 
 
+_NOT_YET = object()
+_TRIPLES = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))  # the second for streams of text (SD3, FLUX)
+
+
 class Kept:
     """One value that belongs to one tensor, as long as that tensor lives unchanged."""
 
@@ -80,17 +84,18 @@ class SharedInput:
         self._layers = [weakref.ref(layer) for layer in layers]
         self._kept = Kept()
         self._waiting: set[int] = set()
-        self._prepared: object | None = None
+        self._prepared: Any = _NOT_YET
 
     def output(self, layer: PackedLinear, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """Columns of `layer` in the common product."""
-        if not may_keep(x):
+        # a graph under capture records the product and all its readers: nothing is kept from one replay to the next
+        if torch.compiler.is_compiling() or x.is_inference():
             return compute(x)
-        layers = [found for ref in self._layers if (found := ref()) is not None]
+        layers = self.layers()
         index = layers.index(layer) if len(layers) == len(self._layers) else -1
         if index == 0:
-            self._prepared = self._prepared or _prepare_together(layers)
-            common = None if self._prepared is None else layer.product_together(x, self._prepared)
+            joint = self.joint()
+            common = None if joint is None else layer.product_together(x, joint)
             if common is None:
                 return compute(x)
             self._kept.put(x, common)
@@ -102,14 +107,30 @@ class SharedInput:
         if not self._waiting:
             self._kept.clear()
         sizes = [other.spec.outputs for other in layers]
-        return found.split(sizes, -1)[index].to(x.dtype)
+        columns = found.split(sizes, -1)[index]
+        return columns.to(x.dtype) if x.is_floating_point() else columns
+
+    def layers(self) -> list[PackedLinear]:
+        """Those that are still there."""
+        return [found for ref in self._layers if (found := ref()) is not None]
+
+    def joint(self) -> Any:
+        """The operand of the common product, made once; None where it would be a second copy on a GPU."""
+        if self._prepared is _NOT_YET:
+            self._prepared = _prepare_together(self.layers())
+        return self._prepared
+
+    def settle_(self) -> None:
+        """Make the operand now if all layers have arrived on a GPU."""
+        if all(gpu.is_gpu(layer.weight.device) and layer.settled for layer in self.layers()):
+            self.joint()
 
     def forget_(self) -> None:
         self._kept.clear()
-        self._waiting, self._prepared = set(), None
+        self._waiting, self._prepared = set(), _NOT_YET
 
 
-def _same_codes(own: PackedLinear, other: PackedLinear) -> bool:
+def same_codes(own: PackedLinear, other: PackedLinear) -> bool:
     """Do both turn the same input into the same codes, so that one product can serve both?"""
     a, b = own.spec, other.spec
     fields = ("inputs", "bits_a", "group", "act", "act_symmetric", "rows", "bias", "pre_scale")
@@ -138,13 +159,14 @@ def share_inputs_(denoiser: nn.Module) -> int:
 
     changed = 0
     for module in denoiser.modules():
-        q, k, v = (getattr(module, name, None) for name in ("to_q", "to_k", "to_v"))
-        if not (isinstance(k, PackedLinear) and isinstance(v, PackedLinear)):
-            continue
-        if getattr(module, "is_cross_attention", False):
-            k.reuse, v.reuse = PerPrompt(), PerPrompt()
-            changed += 2
-        elif isinstance(q, PackedLinear) and all(_same_codes(q, other) for other in (k, v)):
-            q.reuse = k.reuse = v.reuse = SharedInput((q, k, v))
-            changed += 3
+        for names in _TRIPLES:
+            q, k, v = (getattr(module, name, None) for name in names)
+            if not (isinstance(k, PackedLinear) and isinstance(v, PackedLinear)):
+                continue
+            if getattr(module, "is_cross_attention", False):
+                k.reuse, v.reuse = PerPrompt(), PerPrompt()
+                changed += 2
+            elif isinstance(q, PackedLinear) and all(same_codes(q, other) for other in (k, v)):
+                q.reuse = k.reuse = v.reuse = SharedInput((q, k, v))
+                changed += 3
     return changed

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.models.roles import layer_roles
+from qdm_cli.engine.runtime import gpu
 from qdm_cli.engine.runtime.attention import speed_up_attention_
 from qdm_cli.engine.runtime.choice import Mode
-from qdm_cli.engine.runtime.gpu import FEW_ROW_ROLES
 from qdm_cli.engine.runtime.modules import PackedLayer
 from qdm_cli.engine.runtime.reuse import share_inputs_
 
@@ -21,9 +21,11 @@ def tune_(denoiser: nn.Module, mode: Mode) -> None:
 
     Results of `exact` do not depend on the machine; `auto` may take float kernels and bf16 attention where those are faster.
     """
-    from qdm_cli.engine.runtime.fused import fuse_blocks_  # subclasses of diffusers, whose import registers qdm, which imports this file
+    # subclasses of diffusers, whose import registers qdm, which imports this file
+    from qdm_cli.engine.runtime.fused import fuse_blocks_
+    from qdm_cli.engine.runtime.gpu_blocks import fuse_gpu_blocks_
 
-    few = {name for name, role in layer_roles(denoiser, PackedLayer).items() if role in FEW_ROW_ROLES}
+    few = {name for name, role in layer_roles(denoiser, PackedLayer).items() if role in gpu.FEW_ROW_ROLES}
     dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), None)
     for name, layer in denoiser.named_modules():
         if isinstance(layer, PackedLayer):
@@ -34,7 +36,9 @@ def tune_(denoiser: nn.Module, mode: Mode) -> None:
         if isinstance(layer, PackedLayer):
             layer.settle_()
     speed_up_attention_(denoiser, enabled=mode == "auto")
+    fuse_gpu_blocks_(denoiser, enabled=False)
     fuse_blocks_(denoiser, enabled=mode == "auto")
+    fuse_gpu_blocks_(denoiser, enabled=mode == "auto" and gpu.possible())
     if mode == "auto":
         for layer in denoiser.modules():
             if isinstance(layer, nn.Conv2d) and layer.weight.device.type != "meta":

@@ -1,0 +1,101 @@
+"""Blocks with norms, activations and sums inside their kernels against the same blocks without, on tiny denoisers of each kind.
+
+CPU kernels stand in for those of the GPU: they have the same calls, and `tests/kernels` compares them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qdm_cli.engine.models.tiny import tiny_denoiser
+from qdm_cli.engine.plan.inputs import CallShape, example_inputs
+from qdm_cli.engine.runtime import choice, gpu, gpu_fused
+from qdm_cli.engine.runtime.choice import Machine
+from qdm_cli.engine.runtime.gpu_blocks import GPU_BLOCKS, fuse_gpu_blocks_
+from qdm_cli.engine.runtime.modules import pack_denoiser_
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors take the way of CUDA tensors, and tiny layers run integers too."""
+    monkeypatch.setattr(gpu, "is_gpu", lambda device: device.type == "cpu")
+    monkeypatch.setattr(Machine, "of", classmethod(lambda cls, device, op: cls("cuda", (9, 0), triton=True)))
+    monkeypatch.setattr(choice, "_CUDA", ())
+    monkeypatch.setattr(gpu, "possible", lambda: True)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Calls of the fused kernels."""
+    calls: dict[str, int] = {}
+
+    def count(name: str) -> None:
+        original = getattr(gpu_fused, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(gpu_fused, name, call)
+
+    for name in ("group_norm_quantize", "layer_norm_quantize", "gelu_quantize", "quantize", "_multiply"):
+        count(name)
+    return calls
+
+
+@pytest.mark.parametrize("policy", [{"symmetric": True, "bits_w": 8}, {}], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("sd", {"group_norm_quantize", "layer_norm_quantize", "gelu_quantize", "quantize", "_multiply"}),
+        ("sdxl", {"group_norm_quantize", "layer_norm_quantize", "gelu_quantize", "quantize", "_multiply"}),
+        ("dit", {"layer_norm_quantize", "_multiply"}),
+        ("flux", {"layer_norm_quantize", "quantize", "_multiply"}),
+    ],
+)
+@torch.no_grad()
+def test_a_fused_denoiser_computes_the_same(name: str, kernels: set[str], policy: dict, counted, make_state) -> None:
+    model = tiny_denoiser(name).eval().requires_grad_(False)
+    state = make_state(model, **policy)
+    _one_range_per_reader(state)
+    pack_denoiser_(model, state, "auto")
+    side = getattr(model.config, "sample_size", None) or 8
+    torch.manual_seed(0)
+    call = example_inputs(model, CallShape(1, 1, (side, side)), "cpu")
+    call["timestep"] = torch.full((1,), 390.0)
+    assert any(type(module) in GPU_BLOCKS.values() for module in model.modules())
+    got = model(**call, return_dict=False)[0]
+    assert set(counted) == kernels
+    fuse_gpu_blocks_(model, enabled=False)
+    assert not any(type(module) in GPU_BLOCKS.values() for module in model.modules())
+    want = model(**call, return_dict=False)[0]
+    # a norm that differs in its last bit turns a code now and then; a wrong operand gives 0.1 and more
+    assert float((got - want).norm() / want.norm()) < 2e-2
+
+
+def _one_range_per_reader(state: Any) -> None:
+    """Layers that read one tensor have one range, as calibration gives them."""
+    for name, layer in state.layers.items():
+        for first, others in {"to_q": ("to_k", "to_v"), "add_q_proj": ("add_k_proj", "add_v_proj")}.items():
+            if name.endswith(first) and "attn2" not in name:
+                for other in others:
+                    twin = state.layers[name.removesuffix(first) + other]
+                    twin.act_scale.copy_(layer.act_scale)
+                    twin.act_zero_point.copy_(layer.act_zero_point)
+                if (mlp := name.replace("attn.to_q", "proj_mlp")) in state.layers:
+                    state.layers[mlp].act_scale.copy_(layer.act_scale)
+                    state.layers[mlp].act_zero_point.copy_(layer.act_zero_point)
+
+
+@torch.no_grad()
+def test_copies_and_other_modes_keep_working(make_state) -> None:
+    model = tiny_denoiser("dit").eval().requires_grad_(False)
+    pack_denoiser_(model, make_state(model), "auto")
+    twin: nn.Module = copy.deepcopy(model)
+    assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+    assert {name for name, _ in twin.named_buffers()} == {name for name, _ in model.named_buffers()}
