@@ -115,7 +115,7 @@ def start_state(
     floats: dict[str, torch.Tensor] = {}
     for name, decision in chosen.items():
         own = replace(decision, pre_scale=name in factors and name not in meta["norms"])
-        layers[name] = code_layer(denoiser.get_submodule(name), own, plan.factors.weight_rule, None, factors.get(name))
+        layers[name] = code_layer(denoiser.get_submodule(name), own, plan.factors.weight_rule, None, factors.get(name)).cpu()
     for name, norm in meta["norms"].items():
         floats |= folded_parameters(denoiser.get_submodule(norm), norm, factors[name])
     return QuantState(layers=layers, floats=floats)

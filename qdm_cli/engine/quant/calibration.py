@@ -61,7 +61,9 @@ def initialise_ranges(
     chosen = {d.name: d for d in decisions if d.skipped_why is None}
     tables = activation_tables(denoiser, chosen, store, rule, cfg.samples_per_step, ctx)
     weight_rule = RangeRule(ctx.recipe.quantize.weights.init or rule.method, rule.percentile)
-    layers = {name: code_layer(denoiser.get_submodule(name), decision, weight_rule, tables.get(name)) for name, decision in chosen.items()}
+    layers = {
+        name: code_layer(denoiser.get_submodule(name), decision, weight_rule, tables.get(name)).cpu() for name, decision in chosen.items()
+    }
     aware = any(decision.timestep_aware for decision in chosen.values())
     keys = torch.tensor(store.timesteps() if aware else [0.0], dtype=torch.float64)
     return QuantState(layers=layers, skipped=tuple(d for d in decisions if d.skipped_why), step_keys=keys)
@@ -70,7 +72,7 @@ def initialise_ranges(
 def code_layer(
     module: nn.Module, decision: LayerDecision, rule: RangeRule, activation: QParams | None, pre_scale: torch.Tensor | None = None
 ) -> LayerState:
-    """Integer codes and scales of one layer's weight, or of W / pre_scale."""
+    """Integer codes and scales of one layer's weight, or of W / pre_scale, on the weight's device."""
     weight = weight_before_codes(module.weight, pre_scale)  # type: ignore[arg-type]
     grid, granularity = IntGrid(decision.bits_w), weight_granularity(decision)
     try:
@@ -83,10 +85,10 @@ def code_layer(
     bias = getattr(module, "bias", None)
     return LayerState(
         decision=decision,
-        codes=quantize(weight, params, grid, granularity).cpu(),
-        weight_scale=params.scale.cpu(),
-        weight_zero_point=params.zero_point.to(torch.int8).cpu(),
-        bias=None if bias is None else bias.detach().float().cpu().clone(),
+        codes=quantize(weight, params, grid, granularity),
+        weight_scale=params.scale,
+        weight_zero_point=params.zero_point.to(torch.int8),
+        bias=None if bias is None else bias.detach().float().clone(),
         act_scale=None if activation is None else activation.scale,
         act_zero_point=None if activation is None else activation.zero_point.to(torch.int8),
         pre_scale=pre_scale,

@@ -166,7 +166,7 @@ def layer_error(
     Args:
         inputs: (timestep, x) pairs; a timestep-aware layer takes the ranges of each timestep's own values.
     """
-    state = code_layer(original, replace(decision, pre_scale=factors is not None), settings.weight_rule, None, factors)
+    state = code_layer(original, replace(decision, pre_scale=factors is not None), settings.weight_rule, None, factors).cpu()
     groups = _by_timestep(inputs) if decision.timestep_aware else [[x for _, x in inputs]]
     error = signal = 0.0
     for group in groups:

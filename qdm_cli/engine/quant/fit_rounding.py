@@ -61,7 +61,7 @@ class RoundingFit:
         before = self._error(unit, data)
         weights = self._soften(unit)
         self._optimise(unit, weights, data)
-        codes = {name: weight.hard_codes() for name, weight in weights.items()}
+        codes = {name: weight.hard_codes().cpu() for name, weight in weights.items()}
         undecided = float(torch.cat([weight.undecided().flatten() for weight in weights.values()]).double().mean())
         self.settle(unit, codes)
         after = self._error(unit, data)

@@ -56,7 +56,7 @@ def reconstruct(denoiser: nn.Module, plan: Plan, ctx: RunContext, *, decisions: 
     aware = any(d.timestep_aware for d in chosen.values())
     keys = torch.tensor(store.timesteps() if aware else [0.0], dtype=torch.float64)
     pair = Pair.of(denoiser, calls, StepContext(keys))
-    layers = {name: code_layer(denoiser.get_submodule(name), d, RangeRule(plan.weight_range), None) for name, d in chosen.items()}
+    layers = {name: code_layer(denoiser.get_submodule(name), d, RangeRule(plan.weight_range), None).cpu() for name, d in chosen.items()}
     units = pair.units(list(chosen))
 
     rounding = RoundingFit(pair, layers, plan.rounding, ctx.recipe.seed)

@@ -139,6 +139,10 @@ class LayerState:
     act_zero_point: torch.Tensor | None = None
     pre_scale: torch.Tensor | None = None
 
+    def cpu(self) -> LayerState:
+        """The same on the CPU, where states are kept and written."""
+        return replace(self, **{key: value.cpu() for key in _TENSORS if (value := getattr(self, key)) is not None})
+
     @property
     def own_factors(self) -> torch.Tensor | None:
         """What the layer itself multiplies its input with; None = 1."""
