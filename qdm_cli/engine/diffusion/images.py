@@ -20,7 +20,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METADATA = "metadata.jsonl"
 _TEXT = ("text", "prompt", "caption")
 DIGITS = "builtin:digits"
-_DIGITS_FILE = Path(__file__).resolve().parents[1] / "zoo" / "digits" / "digits.png"
+DIGITS_FILE = Path(__file__).resolve().parents[1] / "zoo" / "digits" / "digits.png"
 DIGIT_SIDE, DIGIT_COLUMNS, DIGIT_COUNT = 8, 60, 1797
 
 
@@ -144,6 +144,10 @@ def _decode(raw: bytes, frame: Frame) -> Tensor:
     with Image.open(io.BytesIO(raw)) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits; PIL's own conversion to 8 cuts everything above 255 off
+            upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
+        if upright.mode == "F":
+            raise ValueError("floating-point pixels, whose range is unknown")
         if "A" in upright.getbands() or "transparency" in upright.info:
             rgba = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -157,7 +161,7 @@ def _digits(frame: Frame, limit: int | None) -> list[Picture]:
     """Handwritten digits (UCI, see zoo/digits/README.md): one sheet of 8x8 tiles."""
     from PIL import Image
 
-    with Image.open(_DIGITS_FILE) as image:
+    with Image.open(DIGITS_FILE) as image:
         sheet = np.asarray(image.convert("L"))
     found = []
     for index in range(min(DIGIT_COUNT, limit or DIGIT_COUNT)):

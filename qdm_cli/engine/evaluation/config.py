@@ -26,7 +26,8 @@ class DistributionSuite(Spec):
     features: Literal["auto", "fashion", "inception"] = "auto"
     """`fashion` = the offline network that ships with qdm (one-channel 32x32 images only); auto = by image shape."""
     reference: str = "auto"
-    """`auto` = the shipped statistics (fashion) or the base model's samples; or a folder of images, or an .npz with `mu` and `sigma`."""
+    """`auto` = the shipped statistics (fashion) or the base model's samples; or a folder of images, `builtin:digits`, or an .npz with
+    `mu` and `sigma`."""
     save_npz: bool = False
     """Write the images to samples.npz (uint8 [N, H, W, C] as `arr_0`), the input of the ADM evaluator."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qdm_cli.engine.diffusion.images import DIGITS, DIGITS_FILE, Frame, read_images
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.evaluation import fashion
 from qdm_cli.engine.evaluation.frechet import Gaussian, frechet_distance, gaussian_of, kernel_distance
@@ -125,7 +126,7 @@ def reference_from(setting: str, extractor: Extractor, size: tuple[int, ...], ba
     """The reference of `evaluate.suites[].reference`.
 
     Args:
-        setting: `auto`, a folder of images or an .npz with `mu` and `sigma`.
+        setting: `auto`, `builtin:digits`, a folder of images or an .npz with `mu` and `sigma`.
         size: [C, H, W] of the generated images; images of a folder must have it.
         base: samples of the base model, the reference of `auto` with Inception.
 
@@ -139,6 +140,10 @@ def reference_from(setting: str, extractor: Extractor, size: tuple[int, ...], ba
             raise InputError("the base model needs a reference other than its own images: a folder, or an .npz", path="reference")
         features = extract(extractor, base.batches(count))
         return Reference("images of the base model", None, gaussian_of(features), features)
+    if setting == DIGITS:
+        pictures = read_images(DIGITS, Frame(size[1], size[2], size[0]))
+        features = extract(extractor, (picture.pixels[None] / 2 + 0.5 for picture in pictures))
+        return Reference(f"{len(pictures)} handwritten digits", file_sha256(DIGITS_FILE), gaussian_of(features), features)
     path = Path(setting).expanduser()
     if path.suffix == ".npz":
         return _from_npz(path)

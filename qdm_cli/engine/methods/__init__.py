@@ -21,6 +21,8 @@ METHODS: dict[str, dict[str, str]] = {
         "efficientdm": "qdm_cli.engine.methods.efficientdm:EfficientDMConfig",
         "peqa": "qdm_cli.engine.methods.peqa:PeqaConfig",
         "tuneqdm": "qdm_cli.engine.methods.tuneqdm:TuneQdmConfig",
+        "qlora": "qdm_cli.engine.methods.qlora:QloraConfig",
+        "full": "qdm_cli.engine.methods.full:FullConfig",
     },
     "cache": {
         "uniform": "qdm_cli.engine.caching.config:UniformConfig",

@@ -11,7 +11,7 @@ from torch import nn
 
 from qdm_cli.engine.models import load_pipeline
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
-from qdm_cli.engine.plan.memory import scaled_copy
+from qdm_cli.engine.plan.memory import adapted_copy
 from qdm_cli.engine.quant.calibration import RangeRule, code_layer
 from qdm_cli.engine.quant.grid import QParams
 from qdm_cli.engine.quant.qalora import build_student
@@ -69,7 +69,7 @@ def _training_seconds(denoiser: nn.Module, shape: CallShape, recipe: Recipe, dev
     layers = {d.name: _some_layer(denoiser, d) for d in resolve(denoiser, recipe.quantize) if not d.skipped_why}
     state = QuantState(layers=layers)
     if isinstance(cfg, AdaptConfig):
-        trained = scaled_copy(denoiser, state, cfg)
+        trained = adapted_copy(denoiser, state, cfg)
     else:
         trained = build_student(
             denoiser, state, rank=cfg.rank, base=cfg.base, train_bias=cfg.train_bias, train_norm=cfg.train_norm, seed=0

@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_leaves
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
 from qdm_cli.engine.quant.calibration import VALUES_PER_STEP
 from qdm_cli.engine.quant.qalora import build_student
+from qdm_cli.engine.quant.rivals import build_low_rank_
+from qdm_cli.engine.quant.scale_adapt import enable_checkpointing_
 from qdm_cli.engine.quant.scale_layers import build_scaled_, start_scales
 from qdm_cli.engine.quant.state import LayerDecision, LayerState, QuantState
 
@@ -237,25 +239,33 @@ def finetune_estimate(
 
 
 def adapt_estimate(recipe: Recipe, denoiser: nn.Module, decisions: list[LayerDecision], shape: CallShape, others: int) -> Estimate:
-    """PEQA and TuneQDM: packed codes instead of the float weights, scales and their moments, one training step."""
+    """What is trained on images: packed codes (or the float weights, method full), what trains and its moments, one training step."""
     cfg: Any = recipe.finetune
-    scaled = scaled_copy(denoiser, meta_state(denoiser, decisions), cfg)
-    experts = getattr(getattr(cfg, "intervals", None), "k", 1)
-    trained = sum(p.numel() for p in scaled.parameters() if p.requires_grad) * experts
+    scaled = adapted_copy(denoiser, meta_state(denoiser, decisions), cfg)
+    if cfg.gradient_checkpointing:
+        enable_checkpointing_(scaled)
+    trained = sum(p.numel() for p in scaled.parameters() if p.requires_grad)
+    copies = ROW_ADAM_COPIES if cfg.method in ("peqa", "tuneqdm") else ADAM_COPIES
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.precision]
     parts = {
         "weights": storage_bytes(tensors_of(scaled)),
         "other components": others,
-        "optimizer": 4 * trained * ROW_ADAM_COPIES,
+        "optimizer": 4 * trained * (copies + (1 if cfg.ema else 0)),
         "step": training_peak(scaled, shape, kind),
     }
     return Estimate(parts, loading=others + 2 * weight_bytes(denoiser, recipe.model.dtype))
 
 
-def scaled_copy(denoiser: nn.Module, state: QuantState, cfg: Any) -> nn.Module:
-    """A copy of a denoiser as PEQA or TuneQDM train it, with one interval."""
+def adapted_copy(denoiser: nn.Module, state: QuantState, cfg: Any) -> nn.Module:
+    """A copy of a denoiser as the method of `cfg` trains it."""
     copied = copy.deepcopy(denoiser)
-    start = start_scales(state, copied, keys=torch.zeros(1), input_scales=cfg.method == "tuneqdm")
+    if cfg.method == "full":
+        return copied.requires_grad_(True)
+    if cfg.method == "qlora":
+        build_low_rank_(copied.requires_grad_(False), state, rank=cfg.rank, alpha=cfg.alpha, seed=0)
+        return copied
+    intervals = cfg.intervals.k if cfg.method == "tuneqdm" else 1
+    start = start_scales(state, copied, keys=torch.arange(intervals), input_scales=cfg.method == "tuneqdm")
     tables, _ = build_scaled_(copied, state, start)
     for parameter in tables.parameters():
         parameter.requires_grad_(True)

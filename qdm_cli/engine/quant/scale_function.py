@@ -50,6 +50,10 @@ def along_channels(scale: Tensor, x: Tensor, *, conv: bool) -> Tensor:
     return scale.reshape(scale.shape[0], *([1] * (x.ndim - 2 - len(tail))), scale.shape[1], *tail)
 
 
+BLOCK = 2**20
+"""Values of a product that is only summed."""
+
+
 @dataclass(frozen=True)
 class CodedOperand:
     """An integer weight as the operand of a linear layer or a convolution.
@@ -82,9 +86,9 @@ class CodedOperand:
         """The layer's product without scales or bias."""
         return F.linear(x, weight) if self.conv is None else conv2d_channels_last(x, weight, None, *self.conv)
 
-    def apply_transposed(self, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
-        """Gradient of `apply` by its input, of the shape of `like`."""
-        return grad @ weight if self.conv is None else conv2d_input(list(like.shape), weight, grad, *self.conv)
+    def apply_transposed(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """Gradient of `apply` by its input, which had `shape`."""
+        return grad @ weight if self.conv is None else conv2d_input(list(shape), weight, grad, *self.conv)
 
     def along(self, scale: Tensor, x: Tensor) -> Tensor:
         """`along_channels` of this layer."""
@@ -98,17 +102,28 @@ class CodedOperand:
         per_sample = product.flatten(1) if product.ndim == 2 else product.sum([a for a in range(1, product.ndim) if a != channel])
         return per_sample.reshape(scale.shape[0], -1, scale.shape[1]).sum(1)
 
+    def reduced_product(self, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """`reduced` of a * b, some channels at a time, so that a large product is never held whole."""
+        axis = a.ndim - 1 if self.conv is None else 1
+        some = max(1, BLOCK * a.shape[axis] // a.numel())
+        sums = [
+            self.reduced(part * other, row)
+            for part, other, row in zip(a.split(some, axis), b.split(some, axis), scale.split(some, -1), strict=True)
+        ]
+        return torch.cat(sums, -1)
+
 
 class ScaledProduct(torch.autograd.Function):
-    """`scaled_product` with saved tensors x, s_out and s_in alone.
+    """`scaled_product` with saved tensors x, s_out and s_in alone; x only where a scale trains.
 
     With g = dL/dy and v = (g * s_out) (W_q - z): ds_out = sum g * u, ds_in = sum x * v, dx = v * s_in.
     """
 
     @staticmethod
     def forward(ctx, x, s_out, s_in, bias, operand: CodedOperand):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, s_out, s_in)
-        ctx.operand = operand
+        scales_train = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if scales_train else None, s_out, s_in)
+        ctx.operand, ctx.like = operand, (x.shape, x.dtype)
         weight = operand.centred(x.dtype)
         y = operand.apply(_scaled(x, s_in, operand), weight)
         y.mul_(operand.along(s_out.to(x.dtype), y))
@@ -119,18 +134,29 @@ class ScaledProduct(torch.autograd.Function):
         x, s_out, s_in = ctx.saved_tensors
         operand: CodedOperand = ctx.operand
         needs_x, needs_out, needs_in = ctx.needs_input_grad[:3]
-        weight = operand.centred(x.dtype)
-        grad_x = grad_out = grad_in = None
-        if needs_out:
-            u = operand.apply(_scaled(x, s_in, operand), weight)
-            grad_out = operand.reduced(u.mul_(grad), s_out).to(s_out.dtype)
+        shape, dtype = ctx.like
+        weight = operand.centred(dtype)
+        grad_x = grad_in = None
+        grad_out = _grad_out(x, s_out, s_in, grad, weight, operand) if needs_out else None
         if needs_x or needs_in:
-            v = operand.apply_transposed(grad * operand.along(s_out.to(x.dtype), grad), weight, x)
+            v = operand.apply_transposed(*_scale_rows_(grad, s_out.to(dtype), weight, operand), shape)
             if needs_in:
-                grad_in = operand.reduced(x * v, s_in).to(s_in.dtype)
+                grad_in = operand.reduced_product(x, v, s_in).to(s_in.dtype)
             if needs_x:
-                grad_x = v if s_in is None else v.mul_(operand.along(s_in.to(x.dtype), x))
+                grad_x = v if s_in is None else v.mul_(operand.along(s_in.to(dtype), v))
         return grad_x, grad_out, grad_in, None, None
+
+
+def _grad_out(x: Tensor, s_out: Tensor, s_in: Tensor | None, grad: Tensor, weight: Tensor, operand: CodedOperand) -> Tensor:
+    """sum g * u; u is as large as the output, and gone when this returns."""
+    return operand.reduced(operand.apply(_scaled(x, s_in, operand), weight).mul_(grad), s_out).to(s_out.dtype)
+
+
+def _scale_rows_(grad: Tensor, s_out: Tensor, weight: Tensor, operand: CodedOperand) -> tuple[Tensor, Tensor]:
+    """Factors of (g * s_out) (W_q - z): one row of scales goes into the weight, in place, which is smaller than a second gradient."""
+    if s_out.numel() == len(weight):
+        return grad, weight.mul_(s_out.reshape(-1, *([1] * (weight.ndim - 1))))
+    return grad * operand.along(s_out, grad), weight
 
 
 def _scaled(x: Tensor, s_in: Tensor | None, operand: CodedOperand) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from qdm_cli.engine.checkpoint import read_tensors, write_tensors
 from qdm_cli.engine.diffusion.step_context import RowMode
 from qdm_cli.engine.errors import InputError
+from qdm_cli.engine.quant.low_rank import ADAPTERS_FILE, LowRank, read_low_rank, write_low_rank
 from qdm_cli.engine.quant.scale_set import SCALES_FILE, ScaleSet, read_scales, write_scales
 
 STATE_FILE = "quantized.safetensors"
@@ -161,6 +162,7 @@ class QuantState:
         floats: parameters outside quantized layers that training changed, by full parameter name.
         scales: a personalisation, which then replaces the layers' weight scales; None = none.
         attention: attention modules whose products are quantized too; empty = none.
+        low_rank: float updates beside the layers' weights, by module path (QLoRA); empty = none.
     """
 
     layers: dict[str, LayerState]
@@ -170,6 +172,7 @@ class QuantState:
     floats: dict[str, torch.Tensor] = field(default_factory=dict)
     scales: ScaleSet | None = None
     attention: dict[str, AttentionState] = field(default_factory=dict)
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
 
 
 _ATTENTION_TENSORS = ("scales", "zero_points", "softmax_scale", "softmax_log2")
@@ -177,7 +180,7 @@ _TENSORS = ("codes", "weight_scale", "weight_zero_point", "bias", "act_scale", "
 
 
 def write_state(folder: Path, state: QuantState) -> None:
-    """Write `quantized.safetensors`, and `scales.safetensors` of a personalisation, into `folder`."""
+    """Write `quantized.safetensors`, and `scales.safetensors` or `adapters.safetensors` of a personalisation, into `folder`."""
     tensors = {f"float:{name}": value for name, value in state.floats.items()}
     for name, layer in state.layers.items():
         tensors |= {f"{name}:{key}": value for key in _TENSORS if (value := getattr(layer, key)) is not None}
@@ -194,6 +197,8 @@ def write_state(folder: Path, state: QuantState) -> None:
     write_tensors(folder / STATE_FILE, tensors, meta)
     if state.scales is not None:
         write_scales(folder / SCALES_FILE, state.scales)
+    if state.low_rank:
+        write_low_rank(folder / ADAPTERS_FILE, state.low_rank)
 
 
 def read_state(folder: Path) -> QuantState:
@@ -223,6 +228,7 @@ def read_state(folder: Path) -> QuantState:
         row_mode=meta["row_mode"],
         floats={name[6:]: value for name, value in tensors.items() if name.startswith("float:")},
         scales=read_scales(folder) if (folder / SCALES_FILE).exists() else None,
+        low_rank=read_low_rank(folder / ADAPTERS_FILE) if (folder / ADAPTERS_FILE).exists() else {},
         attention={item["name"]: _attention(item, tensors) for item in meta.get("attention", [])},
     )
 

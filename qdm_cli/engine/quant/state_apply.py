@@ -9,6 +9,7 @@ from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.attention import attach_attention_
 from qdm_cli.engine.quant.grid import IntGrid
+from qdm_cli.engine.quant.low_rank import attach_low_rank_
 from qdm_cli.engine.quant.modules import CodedWeight, StepScales, build_layer
 from qdm_cli.engine.quant.scale_set import check_base
 from qdm_cli.engine.quant.state import LayerState, QuantState
@@ -26,10 +27,12 @@ def apply_state_(denoiser: nn.Module, state: QuantState) -> StepContext:
         check_base(state.scales, state_digest(state), type(denoiser).__name__)
         return build_scaled_(denoiser, state, state.scales)[1]
     step = StepContext(state.step_keys, state.row_mode)
+    originals = {name: checked_layer(denoiser, name, layer) for name, layer in state.layers.items()}
     for name, layer in state.layers.items():
-        original = checked_layer(denoiser, name, layer)
+        original = originals[name]
         quantized = build_layer(original, layer.decision, CodedWeight(layer), layer.bias, scales_of(layer), step, layer.own_factors)
         replace_(denoiser, name, quantized.to(_device_of(original)))
+    attach_low_rank_(denoiser, state.low_rank, originals)
     load_floats_(denoiser, state.floats)
     attach_attention_(denoiser, state, step)
     step.attach(denoiser)

@@ -45,6 +45,9 @@ def packed_tensors(denoiser: nn.Module, state: QuantState) -> tuple[Tensors, dic
     Raises:
         InputError: the state belongs to another model, does not fit its own bits, or a layer has no integer form.
     """
+    if state.low_rank or not state.layers:
+        what = "low-rank updates beside its integers (method qlora)" if state.low_rank else "no integers (method full)"
+        raise InputError(f"export.target: this model has {what}, which packed layers do not compute; use dequantized", path="export.target")
     tensors, modules = float_tensors(denoiser, state), {}
     for name, layer in state.layers.items():
         try:
@@ -99,7 +102,8 @@ def dequantized_tensors(denoiser: nn.Module, state: QuantState, dtype: torch.dty
     tensors = float_tensors(denoiser, state)
     for name, layer in state.layers.items():
         checked_layer(denoiser, name, layer)
-        tensors[f"{name}.weight"] = dequantized_weight(layer)
+        update = state.low_rank.get(name)
+        tensors[f"{name}.weight"] = dequantized_weight(layer) if update is None else dequantized_weight(layer) + update.weight()
         if layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}

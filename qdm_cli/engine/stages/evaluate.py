@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdm_cli.engine.artifact import write_json, write_text
 from qdm_cli.engine.context import StageResult
+from qdm_cli.engine.diffusion.images import DIGITS
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.evaluation import charts, report
 from qdm_cli.engine.evaluation.config import EvaluateSpec
@@ -85,7 +86,7 @@ def check_files(spec: EvaluateSpec) -> None:
     named = {"evaluate.weights.inception": spec.weights.inception}
     named |= {f"evaluate.suites.{i}.reference": getattr(suite, "reference", None) for i, suite in enumerate(spec.suites)}
     for path, value in named.items():
-        if value not in (None, "auto") and not Path(value).expanduser().exists():
+        if value not in (None, "auto", DIGITS) and not Path(value).expanduser().exists():
             raise InputError(f"{value}: no such file or folder", path=path)
 
 

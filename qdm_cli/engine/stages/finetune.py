@@ -14,8 +14,10 @@ from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.methods import function_of
 from qdm_cli.engine.models import LoadedPipeline, load_pipeline
 from qdm_cli.engine.quant.distillation import Call, Trajectories, write_tensorboard
+from qdm_cli.engine.quant.low_rank import ADAPTERS_FILE
 from qdm_cli.engine.quant.report import bit_metrics, layer_rows, weight_metrics
 from qdm_cli.engine.quant.scale_config import AdaptConfig
+from qdm_cli.engine.quant.scale_set import SCALES_FILE
 from qdm_cli.engine.quant.state import read_state, write_state
 from qdm_cli.engine.stages._adapt import adapt_inputs
 
@@ -39,6 +41,8 @@ def finetune(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResult
         raise InputError("finetune needs a calibrated artifact: run `qdm calibrate` on the same recipe first, or pass --from DIR.")
     recipe = ctx.recipe
     state = read_state(source.folder)
+    if state.low_rank or not state.layers:
+        raise InputError("finetune: the source was trained by method qlora or full; start from its calibrated artifact (--from DIR)")
     loaded = load_pipeline(
         recipe.model, recipe.sampler, device=ctx.device, smoke=ctx.smoke, offline=ctx.offline, offload=recipe.device.offload
     )
@@ -49,6 +53,9 @@ def finetune(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResult
         given = {"trajectories": trajectories_of(loaded, spec, ctx)}
     trained, metrics = function_of(spec)(loaded.denoiser, spec, ctx, state=state, **given)
     write_state(ctx.payload, trained)
+    personal = [ctx.payload / name for name in (SCALES_FILE, ADAPTERS_FILE) if (ctx.payload / name).exists()]
+    if personal:
+        metrics["personalisation_bytes"] = sum(path.stat().st_size for path in personal)
     log_file = ctx.resume / "metrics.jsonl"
     shutil.copyfile(log_file, ctx.payload / "metrics.jsonl")
     if "tensorboard" in spec.log:
@@ -56,7 +63,7 @@ def finetune(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResult
     return StageResult(
         layers=layer_rows(trained),
         sampler=recipe.sampler.model_dump(mode="json"),
-        metrics=metrics | (weight_metrics(loaded.denoiser, trained) if trained.scales is None else bit_metrics(trained)),
+        metrics=metrics | (bit_metrics(trained) if isinstance(spec, AdaptConfig) else weight_metrics(loaded.denoiser, trained)),
         base_model=loaded.identity,
         seeds={"trajectories": recipe.seed, "adapters": recipe.seed},
         seconds={"train": time.monotonic() - started},
