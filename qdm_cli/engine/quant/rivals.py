@@ -136,7 +136,7 @@ def coded(original: nn.Module, layer: LayerState) -> nn.Module:
 def build_low_rank_(denoiser: nn.Module, state: QuantState, *, rank: int, alpha: float | None, seed: int) -> None:
     """Replace the layers of `state` by packed ones with peft's LoRA beside them; the float weights are gone afterwards.
 
-    Split layers get no update.
+    Split layers, and those with factors per input channel, get no update.
 
     Args:
         alpha: the update is scaled by alpha / rank; None = rank.
@@ -157,12 +157,13 @@ def build_low_rank_(denoiser: nn.Module, state: QuantState, *, rank: int, alpha:
     for name, layer in state.layers.items():
         original, decision = checked_layer(denoiser, name, layer), layer.decision
         device = next(original.parameters()).device
-        if decision.split is None and _takes_update(original):
+        if decision.split is None and layer.own_factors is None and _takes_update(original):
             names.append(re.escape(name))
             replace_(denoiser, name, coded(original, layer).to(device))
         else:
             step = StepContext(state.step_keys, state.row_mode)
-            replace_(denoiser, name, build_layer(original, decision, CodedWeight(layer), layer.bias, scales_of(layer), step).to(device))
+            kept = build_layer(original, decision, CodedWeight(layer), layer.bias, scales_of(layer), step, layer.own_factors)
+            replace_(denoiser, name, kept.to(device))
     load_floats_(denoiser, state.floats)
     config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules="|".join(names))
     with torch.random.fork_rng():
