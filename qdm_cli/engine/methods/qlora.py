@@ -23,7 +23,7 @@ class QloraConfig(AdaptConfig):
     method: Literal["qlora"] = "qlora"
     rank: int = Field(2, ge=1)
     """Rank r of the updates."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: int | None = Field(None, ge=1)
     """Numerator of their scaling; null = r."""
     lr: float = Field(1e-3, gt=0)
     """Peak rate."""

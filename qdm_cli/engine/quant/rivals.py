@@ -133,7 +133,7 @@ def coded(original: nn.Module, layer: LayerState) -> nn.Module:
     return CodedConv2d(*outer, *geometry, bias=False, device="meta").load_(layer, geometry)
 
 
-def build_low_rank_(denoiser: nn.Module, state: QuantState, *, rank: int, alpha: float | None, seed: int) -> None:
+def build_low_rank_(denoiser: nn.Module, state: QuantState, *, rank: int, alpha: int | None, seed: int) -> None:
     """Replace the layers of `state` by packed ones with peft's LoRA beside them; the float weights are gone afterwards.
 
     Split layers, and those with factors per input channel, get no update.
