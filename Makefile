@@ -13,10 +13,10 @@ CODE := qdm_cli kernels recipes tests
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check style recipes zoo bench wheel
+.PHONY: help install quickstart test check style recipes zoo bench bench-gpu tables wheel
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: $(STAMP) ## .venv with qdm (editable) and the development tools, from constraints.txt
 
@@ -59,8 +59,19 @@ zoo: install ## train the builtin models again (hours), resumably, in zoo-work/,
 	$(BIN)/python -m qdm_cli.engine.zoo.train_unet --out zoo-work
 	cp -r zoo-work/fashion-features zoo-work/fashion-unet32 qdm_cli/engine/zoo/
 
-bench: install ## kernel timings on this CPU, behind their correctness gate
-	$(BIN)/python kernels/bench/bench_cpu.py
+# One thread for layers, as a CPU's figures are read; two for the whole U-Net. BENCH_ARGS adds options, such as BENCH_ARGS="--rounds 5".
+bench: install ## timings on this CPU behind their gate: layers of SD1.5 and DiT, the SD1.5-shaped U-Net; then the tables
+	$(BIN)/qdm bench sd15 dit256 --threads 1 --device cpu --out kernels/bench/results $(BENCH_ARGS)
+	$(BIN)/qdm bench sd15 --only-denoisers --threads 2 --device cpu --out kernels/bench/results $(BENCH_ARGS)
+	$(MAKE) tables
+
+bench-gpu: install ## timings on this GPU behind their gate: layers of all models, whole denoisers; then the tables
+	$(BIN)/qdm bench all --device cuda --out kernels/bench/results $(BENCH_ARGS)
+	$(BIN)/python kernels/bench/bench_denoisers.py sd15 sdxl ldm4 dit256 flux --bits 8 4
+	$(MAKE) tables
+
+tables: install ## the tables and the plot of kernels/README.md, from kernels/bench/results
+	$(BIN)/python kernels/bench/tables.py
 
 wheel: install ## dist/qdm-*.whl
 	$(BIN)/python -m build --wheel --no-isolation

@@ -34,7 +34,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; torch's own number without it.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write DIR/<device>.json after every row.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write DIR/<device>/*.json after every row.")] = None,
 ) -> Result:
     """Time layers or a whole exported model, each behind a correctness gate.
 

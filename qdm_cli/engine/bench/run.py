@@ -47,7 +47,7 @@ class BenchPlan:
 
 
 def run_bench(plan: BenchPlan, out: Path | None, say: Say) -> dict[str, Any]:
-    """Measure a plan; the report is also written to `out`/<device>.json when `out` is given.
+    """Measure a plan; the report is also written below `out`/<device>/ when `out` is given, as layers.json or denoisers.json.
 
     Raises:
         InputError: unknown shapes or bits.
@@ -64,7 +64,7 @@ def run_bench(plan: BenchPlan, out: Path | None, say: Say) -> dict[str, Any]:
         torch.set_num_threads(plan.threads)
     roof = roof_of(plan.device)
     report = {**describe(plan.device), "started": now(), "roof": asdict(roof)}
-    path = None if out is None else out / f"{device_name(plan.device)}.json"
+    path = None if out is None else out / device_name(plan.device) / ("layers.json" if plan.layers else "denoisers.json")
     for row in _rows(plan, shapes, roof):
         report["rows"].append(row)
         say(line_of(row))

@@ -76,14 +76,14 @@ def test_the_report_is_written_row_by_row(tmp_path: Path) -> None:
     out = tmp_path / "results"
 
     def say(line: str) -> None:
-        seen.append(sum(len(json.loads(path.read_text())["rows"]) for path in out.glob("*.json")))
+        seen.append(sum(len(json.loads(path.read_text())["rows"]) for path in out.rglob("*.json")))
 
     report = run_bench(BenchPlan(SMALL, bits=(4,), rounds=1, peers=False), out, say)
     assert seen == [0, 1]
     stored = json.loads(Path(report["path"]).read_text())
     assert [row["gate"] for row in stored["rows"]] == ["passed", "passed"]
     assert stored["versions"]["torch"] == torch.__version__
-    assert not list(out.glob("*.partial"))
+    assert not list(out.rglob("*.partial"))
 
 
 def test_refusals() -> None:

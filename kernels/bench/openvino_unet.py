@@ -1,0 +1,121 @@
+"""The peer on CPUs: an SD1.5-shaped U-Net in int8 by OpenVINO and NNCF beside eager torch and qdm, on the same threads of the same machine.
+
+    pip install openvino nncf                       # peers, never dependencies
+    python kernels/bench/openvino_unet.py quantize  # minutes: the int8 model, into --work
+    python kernels/bench/openvino_unet.py time --threads 2 --rounds 3
+
+Random weights serve speed and arithmetic only. NNCF calibrates on the one input that is timed (SmoothQuant and fast bias correction are its
+defaults for transformers); qdm's ranges are those of the same input. Errors are relative to the fp32 output.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdm_cli.engine.bench.denoisers import every_core, quantized_state, seeded_inputs
+from qdm_cli.engine.bench.machine import describe, device_name, native_dtype, now
+from qdm_cli.engine.bench.run import write_report
+from qdm_cli.engine.bench.timing import time_calls
+from qdm_cli.engine.models.published import CONFIGS, build_published
+from qdm_cli.engine.runtime.modules import pack_denoiser_
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = ("sample", "timestep", "encoder_hidden_states")
+
+
+class _Positional(nn.Module):
+    """A denoiser that takes tensors in order, as OpenVINO's tracing wants it."""
+
+    def __init__(self, denoiser: nn.Module):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return self.denoiser(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+
+def example(denoiser: nn.Module, batch: int) -> dict[str, Any]:
+    """The arguments of the timed call."""
+    call = seeded_inputs(denoiser, batch, CONFIGS["sd15"].side)
+    return {name: torch.as_tensor(call[name]) for name in NAMES}
+
+
+def quantize(work: Path, batch: int) -> None:
+    """Write `work`/sd15-int8.xml."""
+    import nncf
+    import openvino
+
+    denoiser = build_published("sd15").eval().requires_grad_(False)
+    call = tuple(example(denoiser, batch).values())
+    model = openvino.convert_model(_Positional(denoiser), example_input=call, input=[tuple(t.shape) for t in call])
+    del denoiser
+    data = nncf.Dataset([tuple(t.numpy() for t in call)])
+    int8 = nncf.quantize(model, data, subset_size=1, model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(int8, work / "sd15-int8.xml", compress_to_fp16=False)
+
+
+def compiled(work: Path, call: dict[str, Tensor], precision: str) -> Callable[[], Tensor]:
+    """The int8 model on torch's number of threads, what stays in floating point in `precision` (f32 or bf16)."""
+    import openvino
+
+    hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    request = openvino.Core().compile_model(work / "sd15-int8.xml", "CPU", hints).create_infer_request()
+    feed = tuple(value.numpy() for value in call.values())
+    return lambda: torch.from_numpy(request.infer(feed)[0].copy())
+
+
+@torch.no_grad()
+def measure(work: Path, batch: int, rounds: int) -> dict[str, Any]:
+    """One row: fp32 (and bf16 where native), qdm W8A8 in mode auto, OpenVINO int8; interleaved."""
+    with every_core():
+        denoiser = build_published("sd15").eval().requires_grad_(False)
+        call = example(denoiser, batch)
+        state = quantized_state(denoiser, call, 8)
+        want = denoiser(**call).sample
+        packed = build_published("sd15").eval().requires_grad_(False)
+        pack_denoiser_(packed, state, mode="auto")
+    eager = denoiser.to(memory_format=torch.channels_last)
+    calls: dict[str, Callable[[], Tensor]] = {"float": lambda: eager(**call).sample, "auto": lambda: packed(**call).sample}
+    native = native_dtype("cpu") == torch.bfloat16
+    for name in ("f32", *(["bf16"] if native else [])):
+        calls[f"OpenVINO + NNCF int8, rest {name}"] = compiled(work, call, name)
+    errors = {name: float((run() - want).norm() / want.norm()) for name, run in calls.items() if name != "float"}
+    times = time_calls({name: _ignoring(run) for name, run in calls.items()}, buffers=1, device="cpu", rounds=rounds, warm_up=1)
+    base = times["float"]["best_ms"]
+    row = {"kind": "denoiser", "model": "sd15", "batch": batch, "format": "w8a8", "gate": "passed", "relative_errors": errors}
+    return row | {"times": times, "ratios": {name: base / one["best_ms"] for name, one in times.items() if name != "float"}}
+
+
+def _ignoring(run: Callable[[], Tensor]) -> Callable[[int], Tensor]:
+    return lambda buffer: run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["quantize", "time"])
+    parser.add_argument("--work", type=Path, default=Path("/tmp/qdm-openvino"), help="where the int8 model lies")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    if args.what == "quantize":
+        quantize(args.work, args.batch)
+        return
+    report = describe("cpu") | {"started": now()}
+    report["rows"].append(measure(args.work, args.batch, args.rounds))
+    path = args.out / device_name("cpu") / "openvino.json"
+    write_report(path, report)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
