@@ -7,55 +7,44 @@ import torch
 
 from qdm_kernels.gemm.tiles import GROUP_M, Plan, Tile, bucket, measured, processors, user_file
 
-__all__ = ["CONV_TILES", "GROUP_M", "TILES", "choose_conv_plan", "fits_conv"]
+__all__ = ["GROUP_M", "TILES", "choose_conv_plan", "fits_conv"]
 
-# Eight warps at 128 registers let two programs share a multiprocessor.
+# Eight warps at 128 registers, or four at 255, let two programs share a multiprocessor.
 TILES = (
     Tile(128, 128, 128, 4, 3, since=90),
     Tile(128, 128, 128, 8, 3, 128, since=90),
     Tile(128, 128, 64, 8, 4, 128),
     Tile(128, 64, 128, 4, 3, since=90),
     Tile(128, 64, 64, 4, 4),
+    Tile(64, 128, 128, 4, 3, since=90),
     Tile(64, 64, 128, 4, 4, since=90),
     Tile(64, 64, 64, 4, 4),
-)
-# What only a measurement may choose.
-CONV_TILES = (
-    *TILES,
-    Tile(128, 128, 128, 8, 3, since=90),
-    Tile(128, 128, 64, 8, 5, 128, since=90),
-    Tile(128, 256, 64, 8, 4, since=90),
-    Tile(128, 256, 128, 8, 3, since=90),
-    Tile(256, 128, 64, 8, 4, since=90),
-    Tile(256, 128, 128, 8, 3, since=90),
-    Tile(256, 64, 64, 8, 4, 128, since=90),
-    Tile(256, 64, 128, 8, 3, 128, since=90),
-    Tile(64, 128, 128, 4, 4, since=90),
-    Tile(64, 256, 128, 8, 3, 128, since=90),
-    Tile(128, 64, 128, 4, 5, since=90),
 )
 _SHARE_BLOCKS = 8  # least channel blocks of one split: shorter loops do not fill the pipeline
 _MOST_SPLITS = 8
 
 
-def choose_conv_plan(op: str, m: int, n: int, taps: int, channels: int, device: torch.device) -> Plan:
-    """Plan for m output pixels, n filters, and so many taps and (padded) input channels. A device without CUDA counts as an H100."""
+def choose_conv_plan(op: str, m: int, n: int, taps: int, channels: int, device: torch.device, *, dense: bool = True) -> Plan:
+    """Plan for m output pixels, n filters, and so many taps and (padded) input channels. A device without CUDA counts as an H100.
+
+    dense: strides of 1, which the copy engine needs.
+    """
     capability, count = processors(device)
-    return _plan(op, bucket(m), n, taps, channels, capability, count, user_file())
+    return _plan(op, bucket(m), n, taps, channels, capability, count, user_file(), dense)
 
 
 @cache
-def _plan(op: str, m: int, n: int, taps: int, channels: int, capability: int, count: int, file: Path | None) -> Plan:
+def _plan(op: str, m: int, n: int, taps: int, channels: int, capability: int, count: int, file: Path | None, dense: bool) -> Plan:
     found = measured(op, m, n, taps * channels, capability, file)
-    if found is not None and fits_conv(found.tile, channels, capability):
+    if found is not None and fits_conv(found.tile, channels) and (dense or not found.tile.tma):
         return found
     tile = choose_tile(m, n, channels, count, capability)
     return Plan(tile, choose_splits(m, n, taps * channels // tile.bk, tile, count))
 
 
-def fits_conv(tile: Tile, channels: int, capability: int) -> bool:
-    """Does a block of the tile stay within one tap, on this capability?"""
-    return channels % tile.bk == 0 and tile.since <= capability
+def fits_conv(tile: Tile, channels: int) -> bool:
+    """Does a block of the tile stay within one tap?"""
+    return channels % tile.bk == 0
 
 
 def choose_tile(m: int, n: int, channels: int, count: int, capability: int) -> Tile:

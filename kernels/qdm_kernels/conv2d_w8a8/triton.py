@@ -5,7 +5,9 @@ M = B * H' * W' output pixels, N = filters, K = taps x input channels. The loop 
 """
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,7 @@ def _border_row(
 
 
 @triton.jit
-def _finish(
+def finish_pixels(
     acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
     out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, SUMS_N,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -137,12 +139,12 @@ def conv2d_kernel(
         # Two halves, one after the other: 128 registers where a whole tile's epilogue takes 176.
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         offs_half = tile_n * BN + tl.arange(0, BN // 2)
-        _finish(
+        finish_pixels(
             left, offs_m, offs_half, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
             out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE,
             TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
-        _finish(
+        finish_pixels(
             right, offs_m, offs_half + BN // 2, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr,
             residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE,
             PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
@@ -178,7 +180,7 @@ def finish_kernel(
         border = _border_row(offs_m, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW)
         ones -= pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32) * tl.load(sums_ptr + border * SUMS_N + N, mask=m_ok, other=0)
         acc -= ones[:, None] * tl.load(centre_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
-    _finish(
+    finish_pixels(
         acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
         out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, SUMS_N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE,
         TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
@@ -251,7 +253,7 @@ def launch(
     bias: Tensor | None = None, end: Epilogue = Epilogue(), plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
     """Run the kernels; dtype int32 = corrected sums. plan: None = chosen by `tiles`."""
-    b, c, h, w = x.shape
+    b, _, h, w = x.shape
     f, kh, kw, row = state.weight.shape
     bits, centre, device, g = 4 if state.weight.dtype == torch.uint8 else 8, state.centre is not None, x.device, state.geometry
     n, (oh, ow) = f - centre, g.output_size((h, w), (kh, kw))
@@ -261,22 +263,18 @@ def launch(
         return out.permute(0, 3, 1, 2)
     x = aligned(x.permute(0, 2, 3, 1))
     channels = row * 8 // bits
-    plan = plan or choose_conv_plan(f"conv2d_w{bits}a8", m, f, kh * kw, channels, device)
+    plan = plan or choose_conv_plan(f"conv2d_w{bits}a8", m, f, kh * kw, channels, device, dense=g.stride == (1, 1))
     tile, splits = plan.tile, plan.splits
     end = end if end.residual is None else replace(end, residual=end.residual.permute(0, 2, 3, 1))
     wide = max(x.numel(), out.numel(), state.weight.numel()) >= 1 << 31
     pointers, flags, kind = finishing(out, wide, zero_point, x_scale, w_scale, bias, end, state.sums)
     split = splits > 1 or centre
     work = torch.empty((splits, m, f), dtype=torch.int32, device=device) if split else None
-    blocks = channels // tile.bk
     shape = (kh, kw, *g.stride, *g.padding, *g.dilation)
-    constants = (*shape, *flags, bits, COMPILED, c % tile.bk == 0, tile.swap, split, tile.bm, tile.bn, tile.bk, GROUP_M)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": False}
-    run(
-        conv2d_kernel, (triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), splits, 1),
-        ("conv2d", device.index, constants, kind, tile, f % 16 == 0, f == 1),
-        (x, state.weight, work, *pointers, m, f, c, h, w, oh, ow, blocks, -(-kh * kw * blocks // splits), *constants), options,
-    )  # fmt: skip
+    if tile.tma:
+        import_module("qdm_kernels.hopper.triton").run_conv2d(x, state.weight, work, pointers, flags, kind, plan, g, (oh, ow))
+    else:
+        _multiply(x, state.weight, work, pointers, flags, kind, plan, shape, (oh, ow))
     if split:
         constants = (*shape, *flags, centre, 32, 64)
         run(
@@ -285,3 +283,20 @@ def launch(
             (work, state.centre, *pointers, m, n, f, h, w, oh, ow, splits, *constants), {"num_warps": 4, "enable_fp_fusion": False},
         )  # fmt: skip
     return out.permute(0, 3, 1, 2)
+
+
+def _multiply(
+    x: Tensor, weight: Tensor, work: Tensor | None, pointers: tuple[Tensor | None, ...], flags: tuple[Any, ...], kind: tuple[Any, ...],
+    plan: Plan, shape: tuple[int, ...], size: tuple[int, int],
+) -> None:  # fmt: skip
+    """Launch `conv2d_kernel`: x [B, H, W, C]; shape: sides, strides, padding, dilation; size: of the output."""
+    tile, splits, (b, h, w, c), (f, kh, kw, row) = plan.tile, plan.splits, x.shape, weight.shape
+    bits, m = 4 if weight.dtype == torch.uint8 else 8, b * size[0] * size[1]
+    blocks = row * 8 // bits // tile.bk
+    constants = (*shape, *flags, bits, COMPILED, c % tile.bk == 0, tile.swap, work is not None, tile.bm, tile.bn, tile.bk, GROUP_M)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": False}
+    run(
+        conv2d_kernel, (triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), splits, 1),
+        ("conv2d", x.device.index, constants, kind, tile, f % 16 == 0, f == 1),
+        (x, weight, work, *pointers, m, f, c, h, w, *size, blocks, -(-kh * kw * blocks // splits), *constants), options,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Tile:
     """Rows x outputs x inputs of one program, warps, pipeline stages.
 
     registers: cap per thread, None = the compiler's. swap: weights take the side of the rows, x that of the columns. since: least
-    capability; 128 inputs of a 128 x 128 tile spill before 9.0.
+    capability; 128 inputs of a 128 x 128 tile spill before 9.0. tma: the kernels of `hopper`, on 9.0 alone.
     """
 
     bm: int
@@ -44,6 +45,7 @@ class Tile:
     registers: int | None = None
     swap: bool = False
     since: int = 80
+    tma: bool = False
 
     def __str__(self) -> str:
         return f"{self.bm}x{self.bn}x{self.bk}"
@@ -80,38 +82,23 @@ TILES = (
 )
 
 
-# What only a measurement may choose: one program of many registers per multiprocessor, deeper pipelines.
-LINEAR_TILES = (
-    *TILES,
-    Tile(128, 128, 128, 8, 3, since=90),
-    Tile(128, 128, 128, 8, 4, 128, since=90),
-    Tile(128, 128, 64, 8, 6, 128, since=90),
-    Tile(128, 256, 64, 8, 4, since=90),
-    Tile(128, 256, 128, 8, 3, since=90),
-    Tile(128, 256, 128, 8, 4, since=90),
-    Tile(256, 128, 64, 8, 4, since=90),
-    Tile(256, 128, 128, 8, 3, since=90),
-    Tile(256, 128, 128, 8, 4, since=90),
-    Tile(128, 64, 128, 4, 5, since=90),
-    Tile(64, 128, 128, 4, 5, since=90),
-    Tile(64, 256, 128, 8, 3, 128, since=90),
-    Tile(256, 64, 128, 8, 3, 128, since=90),
-    Tile(32, 64, 128, 4, 7, swap=True),
-    Tile(16, 64, 128, 4, 8, swap=True),
-    Tile(16, 128, 128, 4, 5, swap=True),
+# What only a measurement may choose. With the copy engine four multiplying warps leave room for a second program, eight do not.
+TMA_TILES = (
+    Tile(128, 128, 128, 4, 3, 128, since=90, tma=True),
+    Tile(128, 128, 64, 4, 6, 128, since=90, tma=True),
+    Tile(128, 64, 128, 4, 4, 128, since=90, tma=True),
+    Tile(128, 64, 64, 4, 8, 128, since=90, tma=True),
+    Tile(64, 128, 128, 4, 4, 128, since=90, tma=True),
+    Tile(64, 64, 128, 4, 6, 96, since=90, tma=True),
+    Tile(64, 64, 64, 4, 8, 96, since=90, tma=True),
+    Tile(128, 256, 128, 8, 4, 168, since=90, tma=True),
+    Tile(256, 128, 128, 8, 4, 168, since=90, tma=True),
 )
-# For packed weights: on the rows' side they go from registers to the tensor cores, else once more through shared memory.
+# Packed weights on the rows' side go from registers to the tensor cores; on the columns' side once more through shared memory.
 PACKED_TILES = (
     Tile(128, 128, 128, 8, 3, 128, swap=True, since=90),
-    Tile(128, 128, 128, 8, 4, 128, swap=True, since=90),
-    Tile(128, 128, 128, 4, 3, swap=True, since=90),
-    Tile(128, 128, 64, 8, 5, 128, swap=True, since=90),
-    Tile(64, 128, 128, 8, 4, 128, swap=True, since=90),
     Tile(64, 128, 128, 4, 4, swap=True, since=90),
-    Tile(128, 64, 128, 4, 4, swap=True, since=90),
-    Tile(64, 64, 128, 4, 4, swap=True, since=90),
-    Tile(256, 64, 128, 4, 3, swap=True, since=90),
-    Tile(256, 128, 128, 8, 3, swap=True, since=90),
+    Tile(128, 64, 64, 4, 5, swap=True, since=90),
 )
 
 
@@ -137,6 +124,25 @@ def modelled(m: int, n: int, k: int, capability: int, count: int) -> Plan:
     return min(plans, key=lambda plan: _time(plan, m, n, k, count))
 
 
+def runs(tile: Tile, capability: int) -> bool:
+    """Does a tile run on a GPU of this capability, with the triton that is installed?"""
+    return tile.since <= capability and (not tile.tma or why_not_tma(capability) is None)
+
+
+@cache
+def why_not_tma(capability: int) -> str | None:
+    """Why the kernels of `hopper` do not run; None = they do."""
+    if capability != 90:
+        return f"the copy engine and its products are those of capability 9.0, this is {capability / 10}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "the interpreter has no Gluon"
+    try:
+        import_module("qdm_kernels.hopper.triton")
+    except ImportError as error:
+        return f"this triton has another Gluon: {error}"
+    return None
+
+
 def _fitting(m: int, k: int, capability: int) -> list[Tile]:
     limit = SHARED_BYTES.get(capability, _SMALLEST_SHARED)
     tiles = [tile for tile in TILES if k % tile.bk == 0 and tile.since <= capability and tile.shared_bytes <= limit]
@@ -153,19 +159,20 @@ def _time(plan: Plan, m: int, n: int, k: int, count: int) -> float:
     return max(work, traffic * _OPS_PER_BYTE / count)
 
 
+@cache
 def user_file() -> Path | None:
-    """The user's own measurements: QDM_TUNED, else ~/.cache/qdm/tuned.json; None = there is none."""
+    """The user's own measurements: QDM_TUNED, else ~/.cache/qdm/tuned.json; None = there is none. Looked for once."""
     path = Path(os.environ.get("QDM_TUNED") or Path.home() / ".cache/qdm/tuned.json")
     return path if path.is_file() else None
 
 
 def measured(op: str, m: int, n: int, k: int, capability: int, file: Path | None) -> Plan | None:
-    """Entry of the user's file, else of the shipped one of this capability; None = not measured."""
+    """Entry of the user's file, else of the shipped one of this capability; None = none that runs here."""
     shipped = Path(__file__).parents[1] / f"tuned/sm{capability}.json"
     for path in (file, shipped):
-        entry = _entries(path).get((op, m, n, k)) if path is not None and path.is_file() else None
-        if entry is not None:
-            return entry
+        found = _entries(path).get((op, m, n, k)) if path is not None and path.is_file() else None
+        if found is not None and runs(found.tile, capability):
+            return found
     return None
 
 

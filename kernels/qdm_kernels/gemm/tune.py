@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qdm_kernels.conv2d_w8a8.tiles import CONV_TILES, fits_conv
+from qdm_kernels.conv2d_w8a8.tiles import TILES as CONV_TILES
+from qdm_kernels.conv2d_w8a8.tiles import fits_conv
 from qdm_kernels.epilogue.reference import Epilogue
-from qdm_kernels.gemm.tiles import LINEAR_TILES, PACKED_TILES, SHARED_BYTES, Plan, Tile, bucket, entry, modelled, processors
+from qdm_kernels.gemm.tiles import PACKED_TILES, SHARED_BYTES, TILES, TMA_TILES, Plan, Tile, bucket, entry, processors, runs
 from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.layout import padded_length
 
@@ -83,47 +84,51 @@ def conv(*sizes: tuple[int, int, int, int], side: int = 3) -> list[Problem]:
 
 # Layers of FLUX, SDXL, SD1.5, LDM-4 and DiT-XL/2 (README: Shapes), the most telling first.
 SHAPES = [
-    *linear((2048, 10240, 1280), (4608, 12288, 3072), (4608, 3072, 15360), (2048, 3840, 1280), (2048, 1280, 1280), (2048, 1280, 5120)),
-    *conv((2, 320, 64, 320), (2, 640, 32, 640), (2, 640, 64, 640), (2, 1280, 32, 1280), (2, 192, 64, 192), (2, 1280, 16, 1280)),
-    *conv((2, 1280, 8, 1280)),
-    *linear((512, 4608, 1152), (512, 1152, 4608), (512, 1152, 1152), (4096, 4608, 1152), (8192, 2560, 320), (4608, 3072, 3072)),
-    *linear((4096, 3072, 12288), (4096, 12288, 3072), (2048, 4608, 1152), (2048, 1152, 4608), (512, 12288, 3072), (8192, 5120, 640)),
+    *linear((2048, 10240, 1280), (4608, 12288, 3072)),
+    *conv((2, 320, 64, 320), (2, 640, 32, 640), (2, 1280, 16, 1280), (2, 1280, 8, 1280)),
+    *linear((2048, 1280, 1280), (2048, 3840, 1280), (2048, 1280, 5120), (512, 4608, 1152), (512, 1152, 4608), (512, 1152, 1152)),
+    *conv((2, 640, 64, 640), (2, 1280, 32, 1280), (2, 192, 64, 192)),
+    *linear((4608, 3072, 15360), (4096, 4608, 1152), (8192, 2560, 320), (4608, 3072, 3072), (2048, 4608, 1152), (2048, 1152, 4608)),
     *conv((2, 640, 64, 320), (2, 960, 64, 320), (2, 320, 128, 320), (2, 2560, 16, 1280), (2, 2560, 8, 1280), (2, 384, 32, 384)),
     *conv((2, 576, 16, 576), (2, 960, 8, 960)),
+    *linear((4096, 3072, 12288), (4096, 12288, 3072), (512, 12288, 3072), (512, 3072, 3072), (8192, 5120, 640), (2048, 1152, 1152)),
     *linear((8192, 320, 1280), (2048, 5120, 640), (2048, 640, 2560), (512, 10240, 1280), (512, 1280, 5120), (8192, 640, 2560)),
-    *linear((8192, 640, 640), (512, 3072, 3072), (2048, 1152, 1152), (512, 1280, 1280), (2048, 640, 640), (2048, 3072, 384)),
-    *linear((512, 4608, 576), (128, 7680, 960), (8192, 320, 320), (2048, 384, 384), (512, 576, 576), (128, 960, 960)),
+    *linear((8192, 640, 640), (512, 1280, 1280), (2048, 640, 640), (2048, 3072, 384), (512, 4608, 576), (128, 7680, 960)),
+    *linear((8192, 320, 320), (2048, 384, 384), (512, 576, 576), (128, 960, 960)),
 ]
 
 
 def candidates(problem: Problem, device: torch.device) -> list[Plan]:
-    """Plans that run a problem, the untuned choice first: shared memory fits, and splits leave enough inputs and do not idle."""
+    """Plans that run a problem: shared memory fits, and splits are for grids that leave the GPU idle, with enough inputs each."""
     capability, count = processors(device)
     limit, rows = SHARED_BYTES.get(capability, 101_376), bucket(problem.rows)
     plans: list[Plan] = []
     for tile in _tiles(problem):
-        if tile.since > capability or tile.shared_bytes > limit or not _suits(tile, problem, rows, capability):
+        if not runs(tile, capability) or tile.shared_bytes > limit or not _suits(tile, problem, rows):
             continue
         programs = -(-problem.rows // tile.bm) * -(-problem.outputs // tile.bn)
-        splits = [s for s in (1, 2, 3, 4, 6, 8) if s == 1 or (programs * s <= 2.2 * count and problem.terms // s >= _LEAST_SHARE)]
-        plans += [Plan(tile, s) for s in splits]
-    first = modelled(rows, problem.outputs, problem.terms, capability, count) if not problem.side else None
-    return sorted(plans, key=lambda plan: plan != first)
+        idle = -(-problem.rows // 128) * -(-problem.outputs // 128) < count
+        if (tile.bk == 64 and padded_length(problem.inputs) % 128 == 0) or (tile.bm * tile.bn <= 4096 and not idle):
+            continue  # measured to lose wherever wider ones fit
+        splits = [s for s in (2, 4, 8) if idle and programs * s <= 2.2 * count and problem.terms // s >= _LEAST_SHARE]
+        wasteful = idle and programs <= count // 4  # without splits most of the GPU idles
+        plans += [Plan(tile, s) for s in ([] if wasteful and splits else [1]) + splits]
+    return plans
 
 
 def _tiles(problem: Problem) -> tuple[Tile, ...]:
     """Packed weights may change places with x; for others that gains nothing but with few rows."""
-    return (*(CONV_TILES if problem.side else LINEAR_TILES), *(PACKED_TILES if problem.bits == 4 else ()))
+    return (*(CONV_TILES if problem.side else TILES), *(PACKED_TILES if problem.bits == 4 else ()), *TMA_TILES)
 
 
-def _suits(tile: Tile, problem: Problem, rows: int, capability: int) -> bool:
+def _suits(tile: Tile, problem: Problem, rows: int) -> bool:
     if problem.side:
-        return fits_conv(tile, padded_length(problem.inputs), capability)
+        return fits_conv(tile, padded_length(problem.inputs))
     return problem.terms % tile.bk == 0 and (rows <= 32 if tile.swap and tile.bm <= 32 else rows > 32)
 
 
 class Layer:
-    """A problem's tensors on the device: x[i], packed weights, their bfloat16 twins, and the sums that every candidate must give."""
+    """A problem's tensors on the device: x[i], packed weights, their bfloat16 twins, and the output that every candidate must give."""
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
         self.problem, self.home = problem, import_module(f"qdm_kernels.{problem.op}.triton")
@@ -147,21 +152,19 @@ class Layer:
         self.real_bias = self.bias.to(torch.bfloat16)
 
     def truth(self) -> Tensor:
-        """Sums of the first input in float64 from windows, as the kernels lay them out: [M, N] or [B, O, H, W] int32."""
-        real, weight = self.x[0].double() - 3, self.weights[0].double()
+        """Output of the first input by the contract, from sums in float64: [M, N] or [B, O, H, W] bfloat16."""
+        real, weight, scale = self.x[0].double() - 3, self.weights[0].double(), self.scale * self.w_scale
         if not self.problem.side:
-            return (real @ weight.T).to(torch.int32)
+            return ((real @ weight.T).float() * scale + self.bias).to(torch.bfloat16)
         p = self.problem.side // 2
-        rows = [weight.flatten(1) @ F.unfold(one[None], weight.shape[2:], padding=p)[0] for one in real]
-        return torch.stack(rows).view(len(real), -1, *self.problem.image).to(torch.int32)
+        rows = torch.stack([weight.flatten(1) @ F.unfold(one[None], weight.shape[2:], padding=p)[0] for one in real])
+        return (rows.float() * scale[:, None] + self.bias[:, None]).to(torch.bfloat16).view(len(real), -1, *self.problem.image)
 
-    def launch(self, plan: Plan, i: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """One call of a candidate: int32 = its sums."""
-        state, x = self.states[i % len(self.states)], self.x[i % len(self.x)]
-        if dtype == torch.int32:
-            return self.home.launch(x, self.zero, state, dtype, plan=plan)
-        end = Epilogue(out_dtype=dtype)
-        return self.home.launch(x, self.zero, state, dtype, x_scale=self.scale, w_scale=self.w_scale, bias=self.bias, end=end, plan=plan)
+    def launch(self, plan: Plan, i: int = 0) -> Tensor:
+        """One call of a candidate: bfloat16."""
+        state, x, end = self.states[i % len(self.states)], self.x[i % len(self.x)], Epilogue(out_dtype=torch.bfloat16)
+        keys = {"x_scale": self.scale, "w_scale": self.w_scale, "bias": self.bias, "end": end, "plan": plan}
+        return self.home.launch(x, self.zero, state, torch.bfloat16, **keys)
 
     def baseline(self, i: int) -> Tensor:
         """The same layer in bfloat16."""
@@ -224,8 +227,8 @@ def tune(problem: Problem, device: torch.device) -> dict[str, Any]:
 def _fault(layer: Layer, plan: Plan, want: Tensor) -> str | None:
     """Why a candidate is not timed; None = its sums are right. A plan that does not compile or launch is a fault, not an error."""
     try:
-        out = layer.launch(plan, 0, torch.int32)
-        return None if torch.equal(out, want) else f"{int((out != want).sum())} of {want.numel()} sums differ"
+        out = layer.launch(plan)
+        return None if torch.equal(out, want) else f"{int((out != want).sum())} of {want.numel()} outputs differ"
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
@@ -233,13 +236,20 @@ def _fault(layer: Layer, plan: Plan, want: Tensor) -> str | None:
 def label(plan: Plan) -> str:
     """128x128x64/8w4s r128 /2: tile, warps, stages, register cap, splits."""
     t = plan.tile
-    return f"{t}/{t.warps}w{t.stages}s" + (f" r{t.registers}" if t.registers else "") + (" swap" if t.swap else "") + f" /{plan.splits}"
+    return (
+        f"{t}/{t.warps}w{t.stages}s"
+        + (f" r{t.registers}" if t.registers else "")
+        + (" swap" if t.swap else "")
+        + (" tma" if t.tma else "")
+        + f" /{plan.splits}"
+    )
 
 
 def variant(problem: Problem, plan: Plan) -> tuple[Any, ...]:
     """What the machine code of a candidate depends on."""
-    inner, even = padded_length(problem.inputs), problem.inputs % plan.tile.bk == 0
-    return problem.bits, problem.side, plan.tile, plan.splits > 1, even, problem.outputs % 16 == 0, inner % 16 == 0
+    even, odd = problem.inputs % plan.tile.bk == 0, (problem.outputs % 16, problem.inputs % 16)
+    image = problem.image if problem.side and plan.tile.tma else None
+    return problem.bits, problem.side, plan.tile, plan.splits > 1, even, odd, image
 
 
 def compile_ahead(problems: Iterable[Problem], device: torch.device, workers: int) -> None:
@@ -256,9 +266,8 @@ def compile_ahead(problems: Iterable[Problem], device: torch.device, workers: in
 def _compile(job: tuple[Problem, Plan]) -> None:
     problem, plan = job
     try:
-        layer = _tiny(replace(problem, rows=problem.batch * 64 if problem.side else 16))
-        for dtype in (torch.int32, torch.bfloat16):
-            layer.launch(plan, 0, dtype)
+        layer = _tiny(problem if problem.side else replace(problem, rows=16))
+        layer.launch(plan)
         torch.cuda.synchronize()
     except Exception:  # the gate reports it
         return

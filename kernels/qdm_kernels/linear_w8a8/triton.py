@@ -4,6 +4,7 @@ Both operands are read along K. Few rows (M <= 32) change places with the weight
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _MOST_INPUTS = 131_071  # 128 * 128 * K must stay below 2^31: integer tensor cor
 
 
 @triton.jit
-def _finish(
+def finish_tile(
     acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr,
     out_ptr, M, N, WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -97,16 +98,16 @@ def linear_kernel(
         # Two halves, one after the other: a whole tile's epilogue takes half as many registers again.
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         offs_half = tile_n * BN + tl.arange(0, BN // 2)
-        _finish(
+        finish_tile(
             left, offs_m, offs_half, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
             out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
-        _finish(
+        finish_tile(
             right, offs_m, offs_half + BN // 2, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
             out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
     else:
-        _finish(
+        finish_tile(
             acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
             out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
@@ -137,7 +138,7 @@ def finish_kernel(
     if CENTRE:
         ones -= pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32) * tl.load(sums_ptr + N)
         acc -= ones[:, None] * tl.load(centre_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
-    _finish(
+    finish_tile(
         acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
         out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
     )  # fmt: skip
@@ -203,19 +204,15 @@ def launch(
         return out
     x = aligned(x if x.shape[1] % 16 == 0 else F.pad(x, (0, padded - x.shape[1])))
     plan = plan or choose_plan(f"linear_w{bits}a8", m, f, padded, device)
-    tile, splits, k = plan.tile, plan.splits, x.shape[1]
+    tile, splits = plan.tile, plan.splits
     wide = max(x.numel(), out.numel(), state.weight.numel()) >= 1 << 31
     pointers, flags, kind = finishing(out, wide, zero_point, x_scale, w_scale, bias, end, state.sums)
     split = splits > 1 or centre
     work = torch.empty((splits, m, f), dtype=torch.int32, device=device) if split else None
-    blocks = padded // tile.bk
-    constants = (*flags, bits, COMPILED, k % tile.bk == 0, tile.swap, split, tile.bm, tile.bn, tile.bk, GROUP_M)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": False}
-    run(
-        linear_kernel, (triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), splits, 1),
-        ("linear", device.index, constants, kind, tile, f % 16 == 0, f == 1, k % 16 == 0),
-        (x, state.weight, work, *pointers, m, f, k, blocks, -(-blocks // splits), *constants), options,
-    )  # fmt: skip
+    if tile.tma:
+        import_module("qdm_kernels.hopper.triton").run_linear(x, state.weight, work, pointers, flags, kind, plan)
+    else:
+        _multiply(x, state.weight, work, pointers, flags, kind, plan)
     if split:
         constants = (*flags, centre, 32, 64)
         run(
@@ -224,6 +221,23 @@ def launch(
             (work, state.centre, *pointers, m, n, f, splits, *constants), {"num_warps": 4, "enable_fp_fusion": False},
         )  # fmt: skip
     return out
+
+
+def _multiply(
+    x: Tensor, weight: Tensor, work: Tensor | None, pointers: tuple[Tensor | None, ...], flags: tuple[Any, ...], kind: tuple[Any, ...],
+    plan: Plan,
+) -> None:  # fmt: skip
+    """Launch `linear_kernel`."""
+    tile, splits, (m, k), (f, width) = plan.tile, plan.splits, x.shape, weight.shape
+    bits = 4 if weight.dtype == torch.uint8 else 8
+    blocks = width * 8 // bits // tile.bk
+    constants = (*flags, bits, COMPILED, k % tile.bk == 0, tile.swap, work is not None, tile.bm, tile.bn, tile.bk, GROUP_M)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": False}
+    run(
+        linear_kernel, (triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), splits, 1),
+        ("linear", x.device.index, constants, kind, tile, f % 16 == 0, f == 1, k % 16 == 0),
+        (x, weight, work, *pointers, m, f, k, blocks, -(-blocks // splits), *constants), options,
+    )  # fmt: skip
 
 
 def finishing(

@@ -1,0 +1,325 @@
+"""Linear layers and convolutions on sm_90 in Gluon: one warp copies tiles by TMA, the others multiply them.
+
+Triton's own pipeliner waits for every integer product before it issues the next loads (`pendings = 0` in its IR, 3.6; products of floats
+escape it). Here one product is always in flight, and no multiplying thread computes an address. The epilogue is that of the general
+kernels, so the bits are the same. A convolution reads boxes of pixels of its NHWC input; outside the image the copy engine writes zeros.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from qdm_kernels.conv2d_w8a8.triton import finish_pixels
+from qdm_kernels.gemm.tiles import GROUP_M, Plan, Tile
+from qdm_kernels.gemm.triton import launch, tile_of, unpack_high, unpack_low
+from qdm_kernels.geometry import Conv2dGeometry
+from qdm_kernels.linear_w8a8.triton import SCALARS, finish_tile
+
+copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after 3.6
+Box = tuple[int, int, int]  # images, rows and columns of the pixels of one tile
+
+
+@gluon.jit
+def _buffers(
+    x_desc, w_desc, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr
+):
+    """Tiles of every stage and their barriers: full, counted in bytes by the copy engine, and empty. ROWS: layout of x as a matrix."""
+    x = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], ROWS)
+    w = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BN, WIDTH], w_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(empty.index(s), count=1)
+    return x, w, full, empty
+
+
+@gluon.jit
+def _multiply(x, w, full, empty, count, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
+    """The multiplying warps, 8-bit weights: int32 sums [BM, BN]. A tile is given back once the product after it is under way."""
+    acc = warpgroup_mma_init(gl.zeros((BM, BN), gl.int32, LAYOUT))
+    for i in range(count):
+        slot = i % STAGES
+        mbarrier.wait(full.index(slot), (i // STAGES) & 1)
+        acc = warpgroup_mma(x.index(slot), w.index(slot).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=i > 0)
+    return (warpgroup_mma_wait(0, deps=[acc]),)
+
+
+@gluon.jit
+def _multiply_packed(
+    x, w, full, empty, count, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """The multiplying warps, packed 4-bit weights: sums [BN, BM]. Nibbles become operands in registers, 32 inputs at a time."""
+    REGISTERS: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 4)
+    acc = warpgroup_mma_init(gl.zeros((BN, BM), gl.int32, LAYOUT))
+    for i in range(count):
+        slot = i % STAGES
+        mbarrier.wait(full.index(slot), (i // STAGES) & 1)
+        tile, packed = x.index(slot), w.index(slot)
+        for block in gl.static_range(BK // 64):
+            both = packed.slice(32 * block, 32, dim=1).load(REGISTERS)
+            low, high = unpack_low(both, True), unpack_high(both, True)
+            acc = warpgroup_mma(low, tile.slice(64 * block, 32, dim=1).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(high, tile.slice(64 * block + 32, 32, dim=1).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
+        mbarrier.arrive(empty.index(slot))
+    return (warpgroup_mma_wait(0, deps=[acc]) >> 4,)  # every product carries the factor 16 of a nibble kept in the high half
+
+
+@gluon.jit
+def _load_linear(
+    x_desc, w_desc, x, w, full, empty, m, n, begin, count, BYTES: gl.constexpr, BK: gl.constexpr, WIDTH: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp of a linear layer."""
+    for i in range(count):
+        slot = i % STAGES
+        mbarrier.wait(empty.index(slot), ((i // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(slot), BYTES)
+        copy_tile(x_desc, [m, (begin + i) * BK], full.index(slot), x.index(slot))
+        copy_tile(w_desc, [n, (begin + i) * WIDTH], full.index(slot), w.index(slot))
+
+
+@gluon.jit
+def _load_conv2d(
+    x_desc, w_desc, x, w, full, empty, image, top, left, n, begin, count, BLOCKS,
+    KW: gl.constexpr, DH: gl.constexpr, DW: gl.constexpr, BB: gl.constexpr, BH: gl.constexpr, BW: gl.constexpr,
+    BYTES: gl.constexpr, BK: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp of a convolution: block by block of channels, tap by tap."""
+    for i in range(count):
+        slot = i % STAGES
+        tap = (begin + i) // BLOCKS
+        row, column = top + tap // KW * DH, left + tap % KW * DW
+        mbarrier.wait(empty.index(slot), ((i // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(slot), BYTES)
+        box = x.index(slot).reshape([BB, BH, BW, BK])
+        copy_tile(x_desc, [image, row, column, (begin + i) % BLOCKS * BK], full.index(slot), box)
+        copy_tile(w_desc, [n, (begin + i) * WIDTH], full.index(slot), w.index(slot))
+
+
+@gluon.constexpr_function
+def _sums_layout(columns, warps):
+    """Accumulators of `warps` warps along the rows; integer instructions are at most 128 columns wide in this triton."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, min(columns, 128), 32])
+
+
+@gluon.constexpr_function
+def _rows_layout(columns, warps):
+    """Eight neighbours of a row to a thread: 16-byte stores of half precision."""
+    return gl.BlockedLayout([1, 8], [max(256 // columns, 1), min(columns // 8, 32)], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def _close(full, empty, STAGES: gl.constexpr):
+    for s in gl.static_range(STAGES):
+        mbarrier.invalidate(full.index(s))
+        mbarrier.invalidate(empty.index(s))
+
+
+@gluon.jit
+def _store_share(acc, work_ptr, offs_m, offs_n, M, N):
+    share = work_ptr + gl.program_id(1).to(gl.int64) * M * N
+    gl.store(share + offs_m[:, None] * N + offs_n[None, :], acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+@gluon.jit(do_not_specialize=["M", "BLOCKS", "BLOCKS_PER_SPLIT"], do_not_specialize_on_alignment=SCALARS)
+def linear_kernel(
+    x_desc, w_desc, work_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+    out_zero_ptr, out_ptr, M, N, BLOCKS, BLOCKS_PER_SPLIT,
+    WIDE: gl.constexpr, PER_ROW: gl.constexpr, TABLES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    ACTIVATION: gl.constexpr, BITS: gl.constexpr, SPLIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr, GROUP_M: gl.constexpr, TILE: gl.constexpr,
+):  # fmt: skip
+    """As `linear_w8a8.triton.linear_kernel`: x [M, K] and w [N, BLOCKS * BK] come by descriptors of their tiles. TILE: layout of x's."""
+    WIDTH: gl.constexpr = BK if BITS == 8 else BK // 2
+    SUMS: gl.constexpr = _sums_layout(BN if BITS == 8 else BM, WARPS)
+    ROWS: gl.constexpr = _rows_layout(BN, WARPS)
+    x, w, full, empty = _buffers(x_desc, w_desc, BM, BN, BK, WIDTH, STAGES, TILE)
+    tile_m, tile_n = tile_of(M, N, BM, BN, GROUP_M)
+    begin = gl.program_id(1) * BLOCKS_PER_SPLIT
+    count = gl.maximum(gl.minimum(BLOCKS_PER_SPLIT, BLOCKS - begin), 0)
+    # Arguments of partitions are spelt out: in a variable constants would become values.
+    if BITS == 8:
+        (acc,) = gl.warp_specialize([
+            (_multiply, (x, w, full, empty, count, BM, BN, STAGES, SUMS)),
+            (_load_linear, (
+                x_desc, w_desc, x, w, full, empty, tile_m * BM, tile_n * BN, begin, count, BM * BK + BN * WIDTH, BK, WIDTH, STAGES,
+            )),
+        ], [1], [24])  # fmt: skip
+    else:
+        (acc,) = gl.warp_specialize([
+            (_multiply_packed, (x, w, full, empty, count, BM, BN, BK, STAGES, SUMS)),
+            (_load_linear, (
+                x_desc, w_desc, x, w, full, empty, tile_m * BM, tile_n * BN, begin, count, BM * BK + BN * WIDTH, BK, WIDTH, STAGES,
+            )),
+        ], [1], [24])  # fmt: skip
+        acc = gl.permute(acc, (1, 0))
+    _close(full, empty, STAGES)
+    acc = gl.convert_layout(acc, ROWS)
+    offs_m = tile_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, ROWS))
+    offs_n = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, ROWS))
+    if SPLIT:
+        _store_share(acc, work_ptr, offs_m, offs_n, M, N)
+    else:
+        finish_tile(
+            acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+            out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _pixels(
+    image, top, left, M, OH, OW, BH: gl.constexpr, BW: gl.constexpr, BM: gl.constexpr, ROWS: gl.constexpr
+):  # fmt: skip
+    """Rows of the output, [BM], of a box of pixels; one outside the image is masked like a row past the last."""
+    pixel = gl.arange(0, BM, layout=gl.SliceLayout(1, ROWS))
+    row, column = top + pixel // BW % BH, left + pixel % BW
+    rows = ((image + pixel // (BH * BW)) * OH + row) * OW + column
+    return gl.where((row < OH) & (column < OW), rows, M)
+
+
+@gluon.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "BLOCKS", "BLOCKS_PER_SPLIT"], do_not_specialize_on_alignment=SCALARS)
+def conv2d_kernel(
+    x_desc, w_desc, work_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+    out_zero_ptr, out_ptr, M, N, H, W, OH, OW, BLOCKS, BLOCKS_PER_SPLIT,
+    KH: gl.constexpr, KW: gl.constexpr, SH: gl.constexpr, SW: gl.constexpr, PH: gl.constexpr, PW: gl.constexpr,
+    DH: gl.constexpr, DW: gl.constexpr, WIDE: gl.constexpr, PER_IMAGE: gl.constexpr, TABLES: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, BITS: gl.constexpr, SPLIT: gl.constexpr,
+    BB: gl.constexpr, BH: gl.constexpr, BW: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr, GROUP_M: gl.constexpr, TILE: gl.constexpr,
+):  # fmt: skip
+    """As `conv2d_w8a8.triton.conv2d_kernel` with stride 1. A tile is a box of BB images, BH rows, BW columns."""
+    WIDTH: gl.constexpr = BK if BITS == 8 else BK // 2
+    SUMS: gl.constexpr = _sums_layout(BN if BITS == 8 else BM, WARPS)
+    ROWS: gl.constexpr = _rows_layout(BN, WARPS)
+    x, w, full, empty = _buffers(x_desc, w_desc, BM, BN, BK, WIDTH, STAGES, TILE)
+    boxes_h, boxes_w = gl.cdiv(OH, BH), gl.cdiv(OW, BW)
+    boxes = gl.cdiv(M, OH * OW * BB) * boxes_h * boxes_w
+    box, tile_n = tile_of(boxes * BM, N, BM, BN, GROUP_M)
+    image, top, left = box // (boxes_h * boxes_w) * BB, box // boxes_w % boxes_h * BH, box % boxes_w * BW
+    begin = gl.program_id(1) * BLOCKS_PER_SPLIT
+    count = gl.maximum(gl.minimum(BLOCKS_PER_SPLIT, KH * KW * BLOCKS - begin), 0)
+    # Arguments of partitions are spelt out: in a variable constants would become values.
+    if BITS == 8:
+        (acc,) = gl.warp_specialize([
+            (_multiply, (x, w, full, empty, count, BM, BN, STAGES, SUMS)),
+            (_load_conv2d, (
+                x_desc, w_desc, x, w, full, empty, image, top - PH, left - PW, tile_n * BN, begin, count, BLOCKS, KW, DH, DW, BB, BH, BW,
+                BM * BK + BN * WIDTH, BK, WIDTH, STAGES,
+            )),
+        ], [1], [24])  # fmt: skip
+    else:
+        (acc,) = gl.warp_specialize([
+            (_multiply_packed, (x, w, full, empty, count, BM, BN, BK, STAGES, SUMS)),
+            (_load_conv2d, (
+                x_desc, w_desc, x, w, full, empty, image, top - PH, left - PW, tile_n * BN, begin, count, BLOCKS, KW, DH, DW, BB, BH, BW,
+                BM * BK + BN * WIDTH, BK, WIDTH, STAGES,
+            )),
+        ], [1], [24])  # fmt: skip
+        acc = gl.permute(acc, (1, 0))
+    _close(full, empty, STAGES)
+    if SPLIT:
+        acc = gl.convert_layout(acc, ROWS)
+        offs_m = _pixels(image, top, left, M, OH, OW, BH, BW, BM, ROWS)
+        offs_n = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, ROWS))
+        _store_share(acc, work_ptr, offs_m, offs_n, M, N)
+    else:
+        # Halves of whole filters, one after the other: the sums of the border take as many registers as the products.
+        HALVES: gl.constexpr = 2 if (128 if BITS == 8 else 32 * WARPS) <= BN else 1
+        PART: gl.constexpr = _rows_layout(BN // HALVES, WARPS)
+        offs_m = _pixels(image, top, left, M, OH, OW, BH, BW, BM, PART)
+        offs_n = tile_n * BN + gl.arange(0, BN // HALVES, layout=gl.SliceLayout(0, PART))
+        for half in gl.static_range(HALVES):
+            part = acc
+            if HALVES == 2:
+                first, second = gl.split(gl.permute(gl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+                part = first if half == 0 else second
+            finish_pixels(
+                gl.convert_layout(part, PART), offs_m, offs_n + half * (BN // 2), sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr,
+                w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW,
+                DH, DW, WIDE, PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            )  # fmt: skip
+
+
+def box_of(rows: int, size: tuple[int, int, int]) -> Box:
+    """Images, rows and columns, powers of two, of a box of `rows` pixels that wastes least on `size`, [B, OH, OW]; the widest of equals."""
+
+    def waste(box: Box) -> int:
+        covered = 1
+        for part, whole in zip(box, size, strict=True):
+            covered *= -(-whole // part) * part
+        return covered
+
+    sides = [1 << i for i in range(rows.bit_length())]
+    boxes = [(rows // (h * w), h, w) for w in reversed(sides) for h in reversed(sides) if h * w <= rows]
+    return min(boxes, key=waste)
+
+
+def run_linear(
+    x: Tensor, weight: Tensor, work: Tensor | None, pointers: tuple[Tensor | None, ...], flags: tuple[Any, ...], kind: tuple[Any, ...],
+    plan: Plan,
+) -> None:  # fmt: skip
+    """Launch `linear_kernel`; arguments as the general kernel has them (`linear_w8a8.triton`)."""
+    tile, splits, m, (n, width), bits = plan.tile, plan.splits, x.shape[0], weight.shape, _bits(weight)
+    blocks = width * 8 // bits // tile.bk
+    constants = (*flags, bits, work is not None, tile.bm, tile.bn, tile.bk, tile.stages, tile.warps, GROUP_M, _layout(tile.bk, 2))
+    launch(
+        linear_kernel, (triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn), splits, 1),
+        ("linear tma", x.device.index, constants, kind, tile, n % 16 == 0, n == 1),
+        (
+            _rows(x, tile.bm, tile.bk), _rows(weight, tile.bn, tile.bk * bits // 8), work, *pointers, m, n, blocks, -(-blocks // splits),
+            *constants,
+        ),
+        _options(tile),
+    )  # fmt: skip
+
+
+def run_conv2d(
+    x: Tensor, weight: Tensor, work: Tensor | None, pointers: tuple[Tensor | None, ...], flags: tuple[Any, ...], kind: tuple[Any, ...],
+    plan: Plan, geometry: Conv2dGeometry, size: tuple[int, int],
+) -> None:  # fmt: skip
+    """Launch `conv2d_kernel`; arguments as the general kernel has them (`conv2d_w8a8.triton`); size: OH, OW."""
+    tile, splits, g, bits = plan.tile, plan.splits, geometry, _bits(weight)
+    (b, h, w, _), (n, kh, kw, width) = x.shape, weight.shape
+    box = box_of(tile.bm, (b, *size))
+    boxes = triton.cdiv(b, box[0]) * triton.cdiv(size[0], box[1]) * triton.cdiv(size[1], box[2])
+    blocks = width * 8 // bits // tile.bk
+    constants = (
+        kh, kw, *g.stride, *g.padding, *g.dilation, *flags, bits, work is not None, *box, tile.bm, tile.bn, tile.bk, tile.stages,
+        tile.warps, GROUP_M, _layout(tile.bk, 2),
+    )  # fmt: skip
+    pixels = TensorDescriptor(x, list(x.shape), list(x.stride()), [*box, tile.bk], _layout(tile.bk, 4))
+    launch(
+        conv2d_kernel, (boxes * triton.cdiv(n, tile.bn), splits, 1),
+        ("conv2d tma", x.device.index, constants, kind, tile, n % 16 == 0, n == 1),
+        (pixels, _rows(weight.flatten(1), tile.bn, tile.bk * bits // 8), work, *pointers, b * size[0] * size[1], n, h, w, *size, blocks,
+         -(-kh * kw * blocks // splits), *constants),
+        _options(tile),
+    )  # fmt: skip
+
+
+def _bits(weight: Tensor) -> int:
+    return 8 if weight.dtype == torch.int8 else 4
+
+
+def _options(tile: Tile) -> dict[str, Any]:
+    return {"num_warps": tile.warps, "maxnreg": tile.registers, "enable_fp_fusion": False}
+
+
+def _rows(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles of a matrix."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns], _layout(columns, 2))
+
+
+def _layout(width: int, rank: int) -> gl.NVMMASharedLayout:
+    """Rows of `width` bytes, at least 32, as the tensor cores read them."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(width, 128), element_bitwidth=8, rank=rank)

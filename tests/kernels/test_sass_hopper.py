@@ -1,0 +1,71 @@
+"""The kernels of `hopper` compile to integer products, copies by the engine and no spill; their boxes of pixels cover the image."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="pip install 'qdm[dev]' brings triton on Linux")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles", allow_module_level=True)
+
+from launches import recorded
+
+from qdm_kernels.conv2d_w8a8 import triton as conv
+from qdm_kernels.epilogue.reference import Epilogue
+from qdm_kernels.gemm.tiles import TMA_TILES, Plan, Tile, bucket, runs, why_not_tma
+from qdm_kernels.geometry import Conv2dGeometry
+from qdm_kernels.hopper import triton as hopper
+from qdm_kernels.linear_w8a8 import triton as linear
+
+ZERO, ONE = torch.zeros(1, dtype=torch.int32), torch.ones(1)
+END = Epilogue(out_dtype=torch.bfloat16, step=ZERO)
+FULL = os.environ.get("KERNEL_MATRIX") == "full"
+CASES = [(tile, bits) for tile in TMA_TILES for bits in (8, 4)]
+
+
+@pytest.mark.parametrize(("tile", "bits"), CASES if FULL else CASES[::5], ids=str)
+def test_linear(tile: Tile, bits: int) -> None:
+    state = linear.prepare(torch.zeros((320, 384), dtype=torch.int8), torch.zeros(320, dtype=torch.int32), bits)
+    x = torch.zeros((300, 384), dtype=torch.int8)
+    with recorded(90, hopper.linear_kernel, linear.finish_kernel) as launches:
+        for splits in (1, 2):
+            linear.launch(x, ZERO, state, torch.bfloat16, x_scale=ONE, w_scale=torch.ones(320), end=END, plan=Plan(tile, splits))
+    assert [launch.kernel for launch in launches] == ["linear_kernel", "linear_kernel", "finish_kernel"]
+    for launch in launches[:2]:
+        launch.code.check(dot="int", registers=tile.registers)
+        assert launch.code.count("UTMALDG") >= 2
+        assert launch.code.count(r"\bPRMT\b") <= 40
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_convolution(bits: int) -> None:
+    state = conv.prepare(
+        torch.zeros((192, 192, 3, 3), dtype=torch.int8), torch.zeros(192, dtype=torch.int32), Conv2dGeometry(padding=(1, 1)), bits
+    )
+    tile = next(t for t in TMA_TILES if t.bk == 64)
+    with recorded(90, hopper.conv2d_kernel, conv.finish_kernel) as launches:
+        x = torch.zeros((2, 192, 16, 16), dtype=torch.int8)
+        conv.launch(x, ZERO, state, torch.bfloat16, x_scale=ONE, w_scale=torch.ones(192, 1, 1), end=END, plan=Plan(tile))
+    assert launches[0].grid == (4 * -(-192 // tile.bn), 1, 1)
+    launches[0].code.check(dot="int", registers=tile.registers)
+    assert launches[0].code.count("UTMALDG") >= 2
+
+
+@pytest.mark.parametrize("size", [(2, 64, 64), (2, 8, 8), (1, 24, 24), (3, 13, 20), (1, 1, 1)])
+@pytest.mark.parametrize("rows", [64, 128, 256])
+def test_boxes(rows: int, size: tuple[int, int, int]) -> None:
+    images, height, width = hopper.box_of(rows, size)
+    assert images * height * width == rows
+    if size == (2, 64, 64):
+        assert (images, height, width) == (1, rows // 64, 64)
+
+
+def test_only_capability_9_0_runs_them() -> None:
+    assert why_not_tma(90) is None
+    assert "9.0" in (why_not_tma(80) or "")
+    assert "9.0" in (why_not_tma(100) or "")
+    assert not any(runs(tile, 89) for tile in TMA_TILES)
+    assert bucket(300) == 512
