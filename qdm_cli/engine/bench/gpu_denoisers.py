@@ -26,6 +26,7 @@ from qdm_cli.engine.quant.state import LayerDecision, LayerState
 from qdm_cli.engine.quant.state_apply import replace_
 from qdm_cli.engine.runtime.choice import Choice
 from qdm_cli.engine.runtime.gpu import Form
+from qdm_cli.engine.runtime.graphs import Graphs, why_not
 from qdm_cli.engine.runtime.modules import PackedLayer, packed_from_state
 from qdm_cli.engine.runtime.tune import tune_
 
@@ -168,6 +169,27 @@ def captured(model: nn.Module, call: dict[str, Any]) -> tuple[Callable[..., Any]
     return lambda **ignored: graph.replay(), output
 
 
+@contextmanager
+def _graphs(model: nn.Module, call: dict[str, Any]) -> Iterator[Callable[[], Callable[..., Any]]]:
+    """How to replay a model: a packed one as its users do, with keys and values once per prompt; a float one as it is."""
+    if why_not(model):
+        yield lambda: captured(model, call)[0]
+        return
+    graphs = Graphs(model)
+
+    def replayed() -> Callable[..., Any]:
+        graphs.enable()
+        model(**call)
+        if not len(graphs):
+            raise RuntimeError("the denoiser was not captured; its log says why")
+        return model
+
+    try:
+        yield replayed
+    finally:
+        graphs.disable()
+
+
 def _compile(model: nn.Module, bench: GpuBench) -> Callable[..., Any]:
     """A compiled view of the model: whole, or its repeated blocks in place."""
     options: dict[str, Any] = {} if bench.compile_mode is None else {"mode": bench.compile_mode}
@@ -195,7 +217,8 @@ def _times(model: nn.Module, call: dict[str, Any], timesteps: Tensor, bench: Gpu
             say(f"  {way}: {found[way]['error']}")
 
     measure("eager", lambda: model)
-    measure("graph", lambda: captured(model, call)[0])
+    with _graphs(model, call) as run:
+        measure("graph", run)
     if bench.compiled != "none":
         measure("compiled", lambda: _compile(model, bench))
     return found
@@ -204,7 +227,8 @@ def _times(model: nn.Module, call: dict[str, Any], timesteps: Tensor, bench: Gpu
 def quantized_memory(model: nn.Module) -> dict[str, float]:
     """Bytes that packed layers really hold, each storage once, by the bytes of the same weights in bf16."""
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
-    storages = {held.untyped_storage().data_ptr(): held.untyped_storage().nbytes() for layer in layers for held in layer.held_tensors()}
+    held = [tensor.untyped_storage() for layer in layers for tensor in layer.held_tensors() if not tensor.is_mkldnn]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in held}
     numbers = sum(layer.spec.outputs * layer.spec.terms for layer in layers)
     return {
         "quantized_weights": float(numbers),

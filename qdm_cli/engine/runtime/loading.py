@@ -11,7 +11,14 @@ from qdm_cli.engine.runtime.registration import register, registration_status
 
 
 def open_pipeline(
-    folder: str | Path, *, mode: str | None = None, scales: str | Path | None = None, cache: bool | str | Path = True, **kwargs: Any
+    folder: str | Path,
+    *,
+    mode: str | None = None,
+    scales: str | Path | None = None,
+    cache: bool | str | Path = True,
+    device: str | None = None,
+    graphs: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """`DiffusionPipeline.from_pretrained` of an exported folder, with errors that say what to do.
 
@@ -20,10 +27,12 @@ def open_pipeline(
             machine; None = QDM_MODE, else auto.
         scales: a personalisation to apply: a scale file, or the folder of `qdm finetune` that holds one; None = as exported.
         cache: True = follow the folder's schedule, if it has one; False = none; or a schedule to follow instead.
+        device: where the whole pipeline goes; None = where diffusers puts it.
+        graphs: replay the denoiser from CUDA graphs.
 
     Raises:
-        InputError: no such folder, an artifact that is not exported yet, a lone component, corrupt files, an unknown mode, or scales or a
-            schedule that belong to another model.
+        InputError: no such folder, an artifact that is not exported yet, a lone component, corrupt files, an unknown mode, scales or a
+            schedule that belong to another model, or graphs together with a schedule.
         EnvironmentProblem: this diffusers does not take qdm's quantizer.
     """
     folder = check_export(folder)
@@ -60,6 +69,24 @@ def open_pipeline(
     place = folder if cache is True else cache
     if place and (cache is not True or (folder / SCHEDULE_FILE).is_file()):
         cached(pipeline, place).enable()
+    if device is not None:
+        pipeline.to(device)
+    return graphed(pipeline) if graphs else pipeline
+
+
+def graphed(pipeline: Any, *, limit: int | None = None) -> Any:
+    """Replay the denoiser of a pipeline from CUDA graphs; returns the pipeline.
+
+    Args:
+        limit: graphs kept at a time; None = `graphs.LIMIT`.
+
+    Raises:
+        InputError: the denoiser has no packed layers, follows a cache schedule, is offloaded, or is compiled.
+    """
+    from qdm_cli.engine.models.denoiser import find_denoiser
+    from qdm_cli.engine.runtime.graphs import LIMIT, Graphs
+
+    Graphs(find_denoiser(pipeline)[1], limit or LIMIT).enable()
     return pipeline
 
 

@@ -62,9 +62,12 @@ class PerPrompt:
 
     def __init__(self) -> None:
         self.kept = Kept()
+        self.frozen: tuple[Tensor, Tensor] | None = None  # (x, output): of a graph under capture, which keeps the output up to date
 
     def output(self, layer: PackedLinear, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """`compute(x)`, or what it returned last time for the same x."""
+        if self.frozen is not None and x is self.frozen[0]:
+            return self.frozen[1]
         if not (may_keep(x) and layer.same_every_step):
             return compute(x)
         found = self.kept.get(x)

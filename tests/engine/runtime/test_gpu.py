@@ -12,6 +12,7 @@ from torch import nn
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.models.tiny import tiny_denoiser
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
+from qdm_cli.engine.runtime.graphs import Graphs
 from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_, packed_from_state
 
 pytestmark = pytest.mark.gpu
@@ -100,6 +101,20 @@ def test_one_graph_serves_every_step(name: str, mode: str, make_state) -> None:
         graph.replay()
         assert relative(out, wanted[timestep]) < 1e-2
         assert relative(out, wanted[1000.0 - timestep]) > 2 * relative(out, wanted[timestep])
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+@torch.no_grad()
+def test_replays_follow_the_step_and_the_prompt(name: str, make_state) -> None:
+    model = packed_on("cuda", name, make_state, "auto", torch.bfloat16)
+    calls = [inputs(model, "cuda", torch.bfloat16, batch) for batch in (1, 2, 1)]
+    calls[2]["encoder_hidden_states"] = calls[2]["encoder_hidden_states"].flip(-1)
+    calls += [calls[0] | {"timestep": torch.full_like(calls[0]["timestep"], step)} for step in (30.0, 700.0)]
+    wanted = [answer(model, call) for call in calls]
+    graphs = Graphs(model).enable()
+    for call, want in zip(calls, wanted, strict=True):
+        assert relative(answer(model, call), want) < 1e-2
+    assert len(graphs) == 2
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import qdm_cli
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime.folder import compact, packed_tensors, write_component, write_pipeline, write_weights
+from qdm_cli.engine.runtime.loading import graphed
 from qdm_cli.engine.runtime.modules import PackedLayer
 
 
@@ -184,3 +185,15 @@ def test_the_mode_of_a_loaded_pipeline(exported: Path, x: torch.Tensor, monkeypa
     monkeypatch.setenv("QDM_MODE", "exact")
     unet = type(qdm_cli.load(exported).unet).from_pretrained(exported / "unet")
     assert {layer.mode for layer in packed_layers(unet).values()} == {"exact"}
+
+
+def test_graphs_are_switched_on_by_load_and_refused_beside_a_cache(exported: Path, x: torch.Tensor) -> None:
+    pipeline = qdm_cli.load(exported, device="cpu", graphs=True)
+    want = qdm_cli.load(exported).unet(x, 400).sample
+    assert torch.equal(pipeline.unet(x, 400).sample, want)  # not on a GPU: as without
+    with pytest.raises(InputError, match="switched on already"):
+        graphed(pipeline)
+    cached = qdm_cli.load(exported)
+    qdm_cli.cached(cached, interval=2).enable()
+    with pytest.raises(InputError, match="forward is replaced, by a cache schedule"):
+        graphed(cached)

@@ -1,0 +1,207 @@
+"""A denoiser replayed from CUDA graphs: one launch per call instead of a thousand, for every kind of call one graph.
+
+A graph is captured at the first call of its kind (shapes, dtypes and other arguments) over tensors of its own, into which later calls
+are copied. The denoising step, a tensor like others, is read on the device. Keys and values of an unchanged prompt are computed once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qdm_cli.engine.errors import InputError
+from qdm_cli.engine.runtime import gpu
+from qdm_cli.engine.runtime.modules import PackedLayer
+from qdm_cli.engine.runtime.reuse import Kept, PerPrompt
+
+LIMIT = 4
+"""Graphs kept at a time, each with the activations of one call: the least recently used one goes."""
+_WARM_UP = 2  # calls before a capture: kernels compile, libraries choose
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One graph.
+
+    Attributes:
+        inputs: its own tensors, one for each tensor among the arguments.
+        output: of the denoiser, overwritten by every replay.
+        forms: what the packed layers held when it was captured; a graph reads their memory.
+        prompts: layers that are computed once per prompt, outside of the graph: (layer, its input, its output).
+        last: which tensor each input was copied from, so that an unchanged prompt is not copied again.
+    """
+
+    replay: Callable[[], None]
+    inputs: list[Tensor]
+    output: Any
+    forms: list[Any]
+    prompts: list[tuple[PackedLayer, Tensor, Tensor]]
+    last: list[Kept]
+
+
+class Graphs:
+    """What `denoiser(...)` runs in place of its hooks and forward: replays where it can, else the denoiser itself.
+
+    Args:
+        denoiser: has packed layers.
+        limit: graphs kept at a time.
+
+    Raises:
+        InputError: something has replaced its forward or compiled it, or nothing in it is packed.
+    """
+
+    def __init__(self, denoiser: nn.Module, limit: int = LIMIT):
+        if why := why_not(denoiser):
+            raise InputError(f"CUDA graphs of {type(denoiser).__name__}: {why}")
+        self._denoiser, self._limit = denoiser, limit
+        self._layers = [layer for layer in denoiser.modules() if isinstance(layer, PackedLayer)]
+        self._step_position = list(inspect.signature(denoiser.forward).parameters).index("timestep")
+        self._captures: OrderedDict[Any, Capture | None] = OrderedDict()
+        self._pool: Any = None
+
+    def enable(self) -> Graphs:
+        """From now on calls of the denoiser are replayed."""
+        self._denoiser._compiled_call_impl = self
+        return self
+
+    def disable(self) -> None:
+        """Calls run as before, and the memory of the graphs is free."""
+        self._denoiser._compiled_call_impl = None
+        self._captures.clear()
+
+    def __len__(self) -> int:
+        return sum(capture is not None for capture in self._captures.values())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(self._with_tensor_step(args, kwargs))
+        if not self._replays(leaves):
+            return self._denoiser._call_impl(*args, **kwargs)
+        key = (spec, *map(_kind, leaves))
+        if key not in self._captures or not self._is_current(self._captures[key]):
+            self._captures[key] = self._captured(leaves, spec)
+            while len(self._captures) > self._limit:
+                self._captures.popitem(last=False)
+        self._captures.move_to_end(key)
+        capture = self._captures[key]
+        if capture is None:
+            return self._denoiser._call_impl(*args, **kwargs)
+        return _replayed(capture, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+    def _with_tensor_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A timestep that is a number would be another kind of call at every step."""
+        if isinstance(kwargs.get("timestep"), int | float):
+            return args, kwargs | {"timestep": torch.tensor(kwargs["timestep"])}
+        at = self._step_position
+        if at < len(args) and isinstance(args[at], int | float):
+            return (*args[:at], torch.tensor(args[at]), *args[at + 1 :]), kwargs
+        return args, kwargs
+
+    def _replays(self, leaves: list[Any]) -> bool:
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not gpu.is_gpu(self._layers[0].weight.device):
+            return False
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        return not wants_gradients and all(isinstance(leaf, Tensor | int | float | bool | str | None) for leaf in leaves)
+
+    def _is_current(self, capture: Capture | None) -> bool:
+        """False once layers moved or changed; None = what could not be captured is not tried again."""
+        return capture is None or all(form is layer._form for form, layer in zip(capture.forms, self._layers, strict=True))
+
+    @torch.no_grad()
+    def _captured(self, leaves: list[Any], spec: Any) -> Capture | None:
+        device = self._layers[0].weight.device
+        own = [leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        inputs = [leaf for leaf in own if isinstance(leaf, Tensor)]
+        args, kwargs = pytree.tree_unflatten(own, spec)
+
+        def call() -> Any:
+            return self._denoiser._call_impl(*args, **kwargs)
+
+        _on_another_stream(call)
+        prompts = self._prompts(inputs)
+        try:
+            for layer, source, value in prompts:
+                _per_prompt(layer).frozen = (source, value)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            replay, output = record(call, self._pool)
+        except RuntimeError as error:
+            logging.getLogger(__name__).warning("this kind of call cannot be captured and runs without a CUDA graph: %s", error)
+            return None
+        finally:
+            for layer, _, _ in prompts:
+                _per_prompt(layer).frozen = None
+        return Capture(replay, inputs, output, [layer._form for layer in self._layers], prompts, [Kept() for _ in inputs])
+
+    def _prompts(self, inputs: list[Tensor]) -> list[tuple[PackedLayer, Tensor, Tensor]]:
+        """Layers whose input is an argument of the denoiser, with what they made of it in the warm-up."""
+        found = []
+        for layer in self._layers:
+            for source in inputs if isinstance(layer.reuse, PerPrompt) else ():
+                value = _per_prompt(layer).kept.get(source)
+                if value is not None:
+                    found.append((layer, source, value))
+        return found
+
+
+def record(call: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+    """Capture one call: (replay, its output)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = call()
+    return graph.replay, output
+
+
+def _on_another_stream(call: Callable[[], Any]) -> None:
+    """Capture wants calls on a stream of their own first, so that lazy set-up is not recorded."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@torch.no_grad()
+def _replayed(capture: Capture, given: list[Tensor]) -> Any:
+    """Copy what is given, replay, and copy the output out of the graph's memory."""
+    changed = []
+    for own, new, last in zip(capture.inputs, given, capture.last, strict=True):
+        if last.get(new) is None:
+            own.copy_(new, non_blocking=True)
+            last.put(new, own)
+            changed.append(own)
+    for layer, source, value in capture.prompts:
+        if any(source is one for one in changed):
+            value.copy_(layer._quantized_forward(source))
+    capture.replay()
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, capture.output)
+
+
+def _per_prompt(layer: PackedLayer) -> PerPrompt:
+    assert isinstance(layer.reuse, PerPrompt)
+    return layer.reuse
+
+
+def _kind(leaf: Any) -> Any:
+    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+
+
+def why_not(denoiser: nn.Module) -> str | None:
+    """Why calls of a denoiser cannot be replayed; None = they can, once it is on a GPU."""
+    if not any(isinstance(layer, PackedLayer) for layer in denoiser.modules()):
+        return "it has no packed layers; export it first"
+    if "forward" in vars(denoiser):
+        return "its forward is replaced, by a cache schedule or an offload hook, whose decisions a graph would freeze"
+    if isinstance(denoiser._compiled_call_impl, Graphs):
+        return "they are switched on already"
+    if denoiser._compiled_call_impl is not None:
+        return "it is compiled; torch.compile has mode='reduce-overhead' for graphs of its own"
+    return None
