@@ -40,19 +40,19 @@ class _Positional(nn.Module):
         return self.denoiser(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
-def example(denoiser: nn.Module, batch: int) -> dict[str, Any]:
+def example(denoiser: nn.Module, batch: int, side: int) -> dict[str, Any]:
     """The arguments of the timed call."""
-    call = seeded_inputs(denoiser, batch, CONFIGS["sd15"].side)
+    call = seeded_inputs(denoiser, batch, side)
     return {name: torch.as_tensor(call[name]) for name in NAMES}
 
 
-def quantize(work: Path, batch: int) -> None:
+def quantize(work: Path, batch: int, side: int) -> None:
     """Write `work`/sd15-int8.xml."""
     import nncf
     import openvino
 
     denoiser = build_published("sd15").eval().requires_grad_(False)
-    call = tuple(example(denoiser, batch).values())
+    call = tuple(example(denoiser, batch, side).values())
     model = openvino.convert_model(_Positional(denoiser), example_input=call, input=[tuple(t.shape) for t in call])
     del denoiser
     data = nncf.Dataset([tuple(t.numpy() for t in call)])
@@ -71,11 +71,11 @@ def compiled(work: Path, call: dict[str, Tensor], precision: str) -> Callable[[]
 
 
 @torch.no_grad()
-def measure(work: Path, batch: int, rounds: int) -> dict[str, Any]:
+def measure(work: Path, batch: int, side: int, rounds: int) -> dict[str, Any]:
     """One row: fp32 (and bf16 where native), qdm W8A8 in mode auto, OpenVINO int8; interleaved."""
     with every_core():
         denoiser = build_published("sd15").eval().requires_grad_(False)
-        call = example(denoiser, batch)
+        call = example(denoiser, batch, side)
         state = quantized_state(denoiser, call, 8)
         want = denoiser(**call).sample
         packed = build_published("sd15").eval().requires_grad_(False)
@@ -88,7 +88,7 @@ def measure(work: Path, batch: int, rounds: int) -> dict[str, Any]:
     errors = {name: float((run() - want).norm() / want.norm()) for name, run in calls.items() if name != "float"}
     times = time_calls({name: _ignoring(run) for name, run in calls.items()}, buffers=1, device="cpu", rounds=rounds, warm_up=1)
     base = times["float"]["best_ms"]
-    row = {"kind": "denoiser", "model": "sd15", "batch": batch, "format": "w8a8", "gate": "passed", "relative_errors": errors}
+    row = {"kind": "denoiser", "model": "sd15", "batch": batch, "side": side, "format": "w8a8", "gate": "passed", "relative_errors": errors}
     return row | {"times": times, "ratios": {name: base / one["best_ms"] for name, one in times.items() if name != "float"}}
 
 
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("what", choices=["quantize", "time"])
     parser.add_argument("--work", type=Path, default=Path("/tmp/qdm-openvino"), help="where the int8 model lies")
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--side", type=int, default=CONFIGS["sd15"].side, help="height and width of the latents")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -108,10 +109,10 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     if args.what == "quantize":
-        quantize(args.work, args.batch)
+        quantize(args.work, args.batch, args.side)
         return
     report = describe("cpu") | {"started": now()}
-    report["rows"].append(measure(args.work, args.batch, args.rounds))
+    report["rows"].append(measure(args.work, args.batch, args.side, args.rounds))
     path = args.out / device_name("cpu") / "openvino.json"
     write_report(path, report)
     print(path)

@@ -10,12 +10,15 @@ from typing import Any, cast
 
 import torch
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from qdm_cli.engine.quant.attention import CHILD
 from qdm_cli.engine.runtime.modules import PackedConv2d, PackedLayer, PackedLinear
+from qdm_kernels.attention import op as attention_op
 from qdm_kernels.blocks import slices
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
 from qdm_kernels.group_norm_quantize.cpu import normalize_quantize
@@ -45,7 +48,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
     def _known(self) -> bool:
         """Is the block of the kind this class computes?"""
         plain = self.upsample is None and self.downsample is None and self.time_embedding_norm == "default" and not self.skip_time_act
-        return plain and isinstance(self.nonlinearity, nn.SiLU) and not self.training
+        hidden = _unhooked(self.norm1, self.norm2, self.nonlinearity)
+        return plain and isinstance(self.nonlinearity, nn.SiLU) and not self.training and hidden
 
 
 class FusedTransformer2DModel(Transformer2DModel):
@@ -53,7 +57,7 @@ class FusedTransformer2DModel(Transformer2DModel):
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         x = hidden_states
-        if self.use_linear_projection or not (_runs_here(x) and takes_codes(self.proj_in, x)):
+        if self.use_linear_projection or not (_runs_here(x) and _unhooked(self.norm) and takes_codes(self.proj_in, x)):
             return super()._operate_on_continuous_inputs(hidden_states)
         y = norm_then_layer(self.norm, self.proj_in, x, "none")
         return y.permute(0, 2, 3, 1).flatten(1, 2), y.shape[1]
@@ -71,29 +75,80 @@ class FusedFeedForward(FeedForward):
     """GEGLU block of rows by block of rows: the widest activation of a transformer never reaches memory."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x, gated, last = hidden_states, self.net[0], self.net[2]
-        known = type(gated) is GEGLU and not self.training
-        if not (known and _runs_here(x) and takes_codes(gated.proj, x) and takes_codes(last, x[..., :1])):
+        if not self.fuses(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
-        rows = x.reshape(-1, x.shape[-1])
+        return self.by_rows(hidden_states)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Can `by_rows` compute this input?"""
+        known = type(self.net[0]) is GEGLU and not self.training and _unhooked(*self.net)
+        return known and _runs_here(x) and takes_codes(self.net[0].proj, x) and takes_codes(self.net[2], x[..., :1])
+
+    def by_rows(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """x [..., K] -> the same shape. norm: of every row first, and the input is added to the output; None = neither."""
+        rows, proj, last = x.reshape(-1, x.shape[-1]), self.net[0].proj, self.net[2]
         out = x.new_empty((len(rows), last.spec.outputs))
-        block = max(torch.get_num_threads() * HIDDEN_BYTES // (4 * gated.proj.spec.outputs), 128)
+        block = max(torch.get_num_threads() * HIDDEN_BYTES // (4 * proj.spec.outputs), 128)
         for part in slices(len(rows), block):
-            out[part] = self._rows(rows[part])
+            y = rows[part]
+            hidden = self._gated(proj, y if norm is None else norm(y))
+            out[part] = last(hidden) if norm is None else last(hidden).to(x.dtype).add_(y)
         return out.view(*x.shape[:-1], -1)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        proj, last = self.net[0].proj, self.net[2]
+    def _gated(self, proj: PackedLinear, x: Tensor) -> Tensor:
         scale, zero = proj._activation(x)
-        codes = quantize(_scaled(proj, x), scale, zero, proj.spec.bits_a)
+        codes = quantize(_scaled(proj, x), scale, zero, cast(int, proj.spec.bits_a))
         value, gate = (linear_op.linear(codes, scale, zero.reshape(()), half) for half in proj.halves)
-        return last(value.mul_(nn.functional.gelu(gate))).to(x.dtype)
+        return value.mul_(nn.functional.gelu(gate))
+
+
+class FusedBasicTransformerBlock(BasicTransformerBlock):
+    """Residuals are added in place, nothing is divided by 1, and the last norm runs inside the feed-forward's blocks."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None, *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        x, masks = hidden_states, (attention_mask, encoder_attention_mask)
+        if masks != (None, None) or kwargs.get("cross_attention_kwargs") or not (self._known() and _runs_here(x)):
+            return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, *args, **kwargs)
+        x = _attend(self.attn1, self.norm1(x), None).add_(x)
+        if self.attn2 is not None:
+            x = _attend(self.attn2, self.norm2(x), encoder_hidden_states).add_(x)
+        if isinstance(self.ff, FusedFeedForward) and self.ff.fuses(x):
+            return self.ff.by_rows(x, self.norm3)
+        return self.ff(self.norm3(x)).add_(x)
+
+    def _known(self) -> bool:
+        """Is the block of the kind this class computes?"""
+        plain = self.norm_type == "layer_norm" and self.pos_embed is None and self._chunk_size is None and not self.only_cross_attention
+        attentions = [attn for attn in (self.attn1, self.attn2) if attn is not None]
+        return plain and not self.training and all(_is_plain(attn) for attn in attentions) and _unhooked(self.ff, *attentions)
+
+
+def _is_plain(attn: nn.Module) -> bool:
+    """Queries, keys and values of one width, one product, one projection: nothing that a processor of diffusers adds to that."""
+    own = getattr(type(attn.processor), "original", type(attn.processor)) is AttnProcessor2_0
+    extras = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
+    return own and not hasattr(attn, CHILD) and not any(getattr(attn, name) for name in extras) and attn.rescale_output_factor == 1
+
+
+def _attend(attn: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    """Attention of x [B, L, C] to itself or to a context [B, S, C'] -> [B, L, C], a tensor of its own."""
+    context = x if context is None else context
+    q, k, v = (
+        layer(y).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        for layer, y in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context))
+    )
+    product = attention_op.attention if attention_op.why_not(q, k, v) is None else nn.functional.scaled_dot_product_attention
+    return attn.to_out[0](product(q, k, v).transpose(1, 2).flatten(2))
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     ResnetBlock2D: FusedResnetBlock2D,
     Transformer2DModel: FusedTransformer2DModel,
     FeedForward: FusedFeedForward,
+    BasicTransformerBlock: FusedBasicTransformerBlock,
 }
 
 
@@ -120,7 +175,9 @@ def norm_then_layer(norm: nn.GroupNorm, conv: PackedConv2d, x: Tensor, activatio
 
 def takes_codes(layer: nn.Module, x: Tensor) -> bool:
     """Does the layer run integers on an input of this size, with one scale and one zero point for all of it?"""
-    if not isinstance(layer, PackedConv2d | PackedLinear) or layer.spec.act != "static" or layer.choice(x).kernel != "integer":
+    if not isinstance(layer, PackedConv2d | PackedLinear) or layer.spec.act != "static" or not _unhooked(layer):
+        return False
+    if layer.choice(x).kernel != "integer":
         return False
     scale, zero = layer._activation(x)
     return scale.numel() == 1 and zero.numel() == 1
@@ -129,6 +186,11 @@ def takes_codes(layer: nn.Module, x: Tensor) -> bool:
 def _scaled(layer: PackedLayer, x: Tensor) -> Tensor:
     factors = layer._buffers["pre_scale"]
     return x if factors is None else x.float() * factors
+
+
+def _unhooked(*modules: nn.Module) -> bool:
+    """Does nobody watch these modules? A fused block does not call all of them."""
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _runs_here(x: Tensor) -> bool:
