@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from qdm_cli.engine.errors import InputError, RecipeError
 from qdm_cli.engine.plan import make_plan
 from qdm_cli.engine.quant.rules import resolve
 from qdm_cli.engine.quant.sensitivity import read_sensitivity
+from qdm_cli.engine.quant.state import read_state
 from qdm_cli.engine.recipe.load import load_recipe
 from qdm_cli.engine.run import RunOutcome, run_stage
 
@@ -140,3 +143,26 @@ def test_another_table_is_another_result(done: Any, tmp_path: Path) -> None:
     assert calibrate(tmp_path, *overrides).status == "cached"
     table.write_text(table.read_text().replace('"schema": 1', '"schema":  1'))
     assert calibrate(tmp_path, *overrides).artifact.manifest.key != first.artifact.manifest.key
+
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from qdm_cli.engine import methods
+methods.METHODS["calibrate"]["toy"] = "toy_method:ToyConfig"
+from qdm_cli.main import run
+sys.exit(run(["calibrate", sys.argv[2], "--out", sys.argv[3], "--offline"]))
+"""
+
+
+def test_a_method_is_its_module_and_one_line_of_the_table(tmp_path: Path) -> None:
+    """Schema, defaults and the stage follow from the config class: nothing else of the house is edited."""
+    text = RECIPE.replace(
+        "method: minmax, sensitivity: fast, sensitivity_bits: [2, 4, 8], sensitivity_samples: 1", "method: toy, shrink: 0.5"
+    )
+    (tmp_path / "r.yaml").write_text(text.replace(", auto: {effective_bits: 4.6}", ""))
+    fakes = Path(__file__).parents[2] / "fakes"
+    out = tmp_path / "out"
+    child = subprocess.run([sys.executable, "-c", CHILD, str(fakes), str(tmp_path / "r.yaml"), str(out)], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert any(layer.decision.bits_w == 4 for layer in read_state(out).layers.values())
