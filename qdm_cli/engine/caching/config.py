@@ -40,6 +40,8 @@ class RuleConfig(Spec):
 
     force: bool = False
     """Cache a sampler of 8 or fewer steps all the same."""
+    store: Literal["compute", "int8"] = "compute"
+    """Type of the kept tensor: the model's, or int8 codes with one scale per sample and channel."""
     verify: CacheVerify | None = CacheVerify()
     """Measure the schedule on held-out samples; null = do not."""
 

@@ -167,8 +167,10 @@ def cuts_of(spec: RuleConfig, loaded: LoadedPipeline) -> list[Cut]:
     try:
         if given == "auto":
             found = candidate_cuts(loaded.denoiser)
-            return found if isinstance(spec, DpConfig) else found[:1]
-        return [find_cut(loaded.denoiser, place.range if isinstance(place, BlockRange) else place) for place in places]
+            found = found if isinstance(spec, DpConfig) else found[:1]
+        else:
+            found = [find_cut(loaded.denoiser, place.range if isinstance(place, BlockRange) else place) for place in places]
+        return [cut.model_copy(update={"store_dtype": spec.store}) for cut in found]
     except InputError as error:
         raise InputError(f"cache.{name}: {error}", path=f"cache.{name}") from None
 

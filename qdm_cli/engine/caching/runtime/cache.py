@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -61,7 +62,7 @@ class Cache:
         self._splits: dict[str, SplitDenoiser] = {}
         self._calls: dict[tuple[str, str], Callable[..., Any]] = {}
         self._structure: tuple[int, ...] = ()
-        self._stores: dict[int, Store] = {}
+        self._stores: dict[tuple[int, bool], Store] = {}
         self._kept: dict[int, Kept] = {}
         self._itinerary: Itinerary | None = None
         self._counts: Counter[str] = Counter()
@@ -137,8 +138,8 @@ class Cache:
         return {
             **{name: self._counts[name] for name in ("trajectories", "full", "partial", "outside")},
             "fell_open": dict(self._reasons),
-            "tensors": len(self._kept),
-            "bytes": sum(kept.store.nbytes for kept in self._kept.values()),
+            "tensors": sum(len(kept.stores) for kept in self._kept.values()),
+            "bytes": sum(store.nbytes for kept in self._kept.values() for store in kept.stores),
         }
 
     # ------------------------------------------------------------ one trajectory
@@ -202,20 +203,23 @@ class Cache:
 
     def _full(self, original: Callable[..., Any], action: Action, branch: int, given: Call, call: Arguments) -> Any:
         self._note(action, branch, "full")
-        self._kept.pop(branch, None)
+        before = self._kept.pop(branch, None)
         if action.cut is None:  # nothing reuses it
             return original(*call[0], **call[1])
         split = self._splits[action.cut]
         output, feature = split.run_full(self._function(split, "full"), *call)
-        store = self._stores.setdefault(branch, Store(int8=split.cut.store_dtype == "int8", fixed=self._compiled is not None))
+        linear = self._itinerary is not None and self._itinerary.linear
+        place = (branch, bool(linear and before is not None and before.place == (branch, False)))
+        store = self._stores.setdefault(place, Store(int8=split.cut.store_dtype == "int8", fixed=self._compiled is not None))
         store.put(feature)
-        self._kept[branch] = Kept(store, action.cut, action.call, given)
+        usable = linear and before is not None and before.cut == action.cut and before.call.change_to(given) is None
+        self._kept[branch] = Kept(store, action.cut, action.call, given, place, replace(before, before=None) if before and usable else None)
         return output
 
     def _partial(self, action: Action, branch: int, call: Arguments) -> Any:
         self._note(action, branch, "partial")
         split = self._splits[str(action.cut)]
-        feature = self._corrected(action, self._kept[branch].store.get())
+        feature = self._corrected(action, self._kept[branch].at(action.call if action.order else None))
         return split.run_partial(self._function(split, "partial"), feature, call[0], split.partial_arguments(call[1]))
 
     def _note(self, action: Action, branch: int, kind: str) -> None:

@@ -24,6 +24,11 @@ class Itinerary:
     actions: tuple[Action, ...]
     as_made: bool = True
 
+    @property
+    def linear(self) -> bool:
+        """Whether a call extrapolates, which needs the tensors of two full calls."""
+        return any(action.order for action in self.actions)
+
 
 class Source(Protocol):
     """Where actions come from."""

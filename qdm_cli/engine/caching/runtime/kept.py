@@ -98,11 +98,32 @@ class Store:
         return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kept:
-    """A stored tensor with its origin: cut, position of the full call, and what that call was given."""
+    """A stored tensor with its origin.
+
+    Attributes:
+        cut, source: of the full call that made it.
+        call: what that call was given.
+        place: key of the store, so that the next full call does not overwrite the tensor it may be extrapolated with.
+        before: the full call before, where some call extrapolates linearly; None = plain reuse.
+    """
 
     store: Store
     cut: str
     source: int
     call: Call
+    place: tuple[int, bool]
+    before: Kept | None = None
+
+    @property
+    def stores(self) -> list[Store]:
+        """All that is held: one, or two for extrapolation."""
+        return [self.store, *([] if self.before is None else [self.before.store])]
+
+    def at(self, call: int | None) -> torch.Tensor:
+        """The tensor as it is, or extrapolated linearly to a call where two are held; None = as it is."""
+        if call is None or self.before is None:
+            return self.store.get()
+        ratio = (call - self.source) / (self.source - self.before.source)
+        return torch.lerp(self.before.store.get(), self.store.get(), 1 + ratio)

@@ -19,7 +19,7 @@ from qdm_cli.engine.caching import rules
 from qdm_cli.engine.caching.runtime import Cache, find_cut
 from qdm_cli.engine.caching.runtime.follow import FromSchedule
 from qdm_cli.engine.caching.runtime.kept import Store, same
-from qdm_cli.engine.caching.schedule import ModelRef, Schedule, hash_config, schedule_from_refreshes
+from qdm_cli.engine.caching.schedule import ModelRef, Schedule, hash_config, make_actions, schedule_from_refreshes
 from qdm_cli.engine.caching.trace import trace_sampler
 from qdm_cli.engine.diffusion.sampling import generate
 from qdm_cli.engine.errors import InputError
@@ -235,6 +235,22 @@ class TestKept:
                 held.append(cache.summary()["bytes"])
         assert held[1] < 0.3 * held[0]
         assert 0 < (found[0] - found[1]).norm() < 0.05 * found[0].norm()
+
+    def test_linear_extrapolation(self, ddpm: LoadedPipeline) -> None:
+        """Exact where the tensor moves on a line; the first segment, which has one full call behind it, reuses plainly."""
+        plan = schedule_for(ddpm, (0, 3, 6))
+        actions = make_actions((0, 3, 6), STEPS, "up1", order=1)
+        assert [action.order for action in actions] == [0, 0, 0, 0, 1, 1, 0, 1, 1, 1]
+        read: list[float] = []
+        shape, plain = (1, int(plan.cuts[0].channels or 0), 1, 1), ddpm.denoiser.forward
+        with qdm_cli.cached(ddpm.pipeline, plan.model_copy(update={"actions": actions})) as cache:
+            split = cache._splits["up1"]
+            full, count = split.run_full, iter((0, 3, 6))
+            split.run_full = lambda *a: (full(*a)[0], torch.full(shape, float(next(count))))  # type: ignore[method-assign]
+            split.run_partial = lambda call, feature, *a: read.append(float(feature.mean())) or plain(*a[0], **a[1])
+            run(ddpm)
+            assert cache.summary()["tensors"] == 2
+        assert read == [0, 0, 4, 5, 7, 8, 9]
 
     def test_int8_is_within_half_a_code(self) -> None:
         value = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
