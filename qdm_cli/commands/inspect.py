@@ -66,22 +66,10 @@ def _with_kernels(layers: list[dict[str, Any]], folder: Path) -> list[dict[str, 
 
 def schedule_summary(artifact: Artifact) -> dict[str, Any] | None:
     """What a cache schedule does, with the step mask that other tools read; None = the artifact has none."""
-    from qdm_cli.engine.caching.emit import step_mask
+    from qdm_cli.engine.caching.emit import summary
     from qdm_cli.engine.caching.schedule import SCHEDULE_FILE, read_schedule
 
-    if SCHEDULE_FILE not in artifact.manifest.files:
-        return None
-    schedule = read_schedule(artifact.folder)
-    figures = schedule.verified or schedule.predicted
-    return {
-        "method": schedule.provenance.method,
-        "calls": schedule.sampler.calls,
-        "full_calls": len(schedule.refreshes),
-        "cuts": [cut.id for cut in schedule.cuts],
-        "speedup": None if figures is None else figures.speedup,
-        "verified": schedule.verified is not None,
-        "mask": "".join(map(str, step_mask(schedule))),
-    }
+    return summary(read_schedule(artifact.folder)) if SCHEDULE_FILE in artifact.manifest.files else None
 
 
 def bits_summary(layers: list[dict[str, Any]]) -> dict[str, int]:

@@ -79,7 +79,19 @@ def _facts(made: Plan) -> list[tuple[str, str]]:
         ("layers", f"{len(made.layers) - skipped} quantized, {skipped} in full precision"),
         ("export", f"target {made.target}, {made.rows} rows per step table"),
         ("denoiser", f"{size(made.total_bytes)}, {made.total_bytes / made.fp16_bytes:.3f} of fp16 ({size(made.fp16_bytes)}): {parts}"),
+        *_cache(made.cache),
     ]
+
+
+def _cache(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if found is None:
+        return []
+    partial = ", ".join(f"{name} {count:.3g} G" for name, count in found["partial_g"].items())
+    mean = "the planner chooses the steps by measured time"
+    if found["mean_g"] is not None:
+        share = found["mean_g"] / found["full_g"]
+        mean = f"{found['full_steps']} of {found['steps']} steps in full: mean {found['mean_g']:.4g} G, {share:.3f} of uncached"
+    return [("cache", f"multiply-adds of a full call {found['full_g']:.4g} G, partial {partial}; {mean}")]
 
 
 def _layer(row: dict[str, Any]) -> tuple[str, ...]:

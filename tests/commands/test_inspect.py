@@ -35,6 +35,7 @@ def test_a_schedule_is_summed_up(tmp_path: Path, verified: bool) -> None:
         "cuts": ["up2"],
         "speedup": 1.4 if verified else 1.5,
         "verified": verified,
+        "corrected": False,
         "mask": "1010",
     }
 

@@ -217,6 +217,23 @@ def test_memory_follows_the_settings() -> None:
     assert sum(value for name, value in small.items() if name not in ("peak", "while loading")) <= small["peak"]
 
 
+# ---- cache -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_cached_multiply_adds() -> None:
+    """Of a rule the mean over the steps; the planner's is not known before it has measured."""
+    steps = {"sampler": {"steps": 12}}
+    found = make_plan(recipe(**steps, cache={"method": "uniform", "interval": 5, "cut": 2})).cache
+    assert found is not None and found["full_steps"] == 3 and list(found["partial_g"]) == ["up2"]
+    assert found["mean_g"] == pytest.approx((3 * found["full_g"] + 9 * found["partial_g"]["up2"]) / 12)
+    planned = make_plan(recipe(**steps, cache={"method": "dp"}))
+    assert planned.cache is not None and planned.cache["mean_g"] is None and list(planned.cache["partial_g"]) == ["up1", "up2", "up3"]
+    assert any("no stage of this recipe quantizes" in note for note in planned.notes)
+    assert make_plan(recipe()).cache is None
+    with pytest.raises(InputError, match=r"cache\.cut: .*skip branches 1 to"):
+        make_plan(recipe(**steps, cache={"method": "uniform", "cut": 99}))
+
+
 # ---- what is missing, what will fail ---------------------------------------------------------------------------------------------------
 
 

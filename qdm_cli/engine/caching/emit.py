@@ -31,3 +31,18 @@ def cache_dit(schedule: Schedule) -> dict[str, Any]:
 def smoothcache(schedule: Schedule, layers: Sequence[str] = ("attn1", "attn2", "ff")) -> dict[str, list[int]]:
     """SmoothCache's schedule file: layer type -> [steps] 1 = compute, 0 = reuse. Here all types follow one mask."""
     return {layer: step_mask(schedule) for layer in layers}
+
+
+def summary(schedule: Schedule) -> dict[str, Any]:
+    """What a schedule does, for people and comparisons."""
+    figures = schedule.verified or schedule.predicted
+    return {
+        "method": schedule.provenance.method,
+        "calls": schedule.sampler.calls,
+        "full_calls": len(schedule.refreshes),
+        "cuts": [cut.id for cut in schedule.cuts],
+        "speedup": None if figures is None else figures.speedup,
+        "verified": schedule.verified is not None,
+        "corrected": schedule.corrections is not None,
+        "mask": "".join(map(str, step_mask(schedule))),
+    }

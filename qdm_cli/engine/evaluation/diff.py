@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qdm_cli.engine.artifact import MANIFEST, Artifact, Manifest, open_artifact
+from qdm_cli.engine.caching.emit import summary
+from qdm_cli.engine.caching.schedule import SCHEDULE_FILE, read_schedule
 from qdm_cli.engine.errors import InputError, Problem
 from qdm_cli.engine.evaluation.gates import failures, parse_conditions
 from qdm_cli.engine.evaluation.names import METRICS
@@ -293,6 +295,8 @@ def _facts(side: Side) -> dict[str, Any]:
     manifest = side.artifact.manifest
     chosen = {name: getattr(manifest, name) for name in ("kind", "base_model", "sampler", "seeds", "smoke", "simulated", "verified")}
     chosen |= {"recipe": _recipe(side.artifact), "qdm": manifest.qdm, "environment": manifest.environment}
+    if SCHEDULE_FILE in manifest.files:
+        chosen["schedule"] = summary(read_schedule(side.artifact.folder))
     chosen |= {"bytes": sum(entry.bytes for entry in manifest.files.values()), "bytes_by_part": manifest.bytes_by_part}
     return {path: leaf for name, value in chosen.items() for path, leaf in _flat(value, name).items()}
 

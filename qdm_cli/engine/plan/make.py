@@ -19,6 +19,7 @@ from qdm_cli.engine.models import meta_denoiser
 from qdm_cli.engine.models.folder import read_index
 from qdm_cli.engine.models.source import resolve_source
 from qdm_cli.engine.plan.auto import with_auto
+from qdm_cli.engine.plan.cache import cache_macs
 from qdm_cli.engine.plan.calls import Calls, denoiser_calls, train_steps
 from qdm_cli.engine.plan.inputs import CallShape, call_shape
 from qdm_cli.engine.plan.memory import Estimate, adapt_estimate, calibrate_estimate, finetune_estimate
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
     from qdm_cli.engine.recipe.schema import Recipe
 
 
+UNQUANTIZED = (
+    "no stage of this recipe quantizes: bits and bytes hold for an artifact given with --from; the plain model is exported as it is, with "
+    "the cache schedule beside it"
+)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What would happen.
@@ -49,6 +56,7 @@ class Plan:
         calls: denoiser calls by phase; `seconds` of a call only where it was measured.
         memory: peak bytes of calibrate and finetune on the CPU, by part.
         missing: weights to download.
+        cache: multiply-adds of cached sampling, `cache_macs`; None = the recipe has no cache.
         failures: what would stop it, with the exit code.
         notes: what the plan cannot know yet, and what it took for granted.
     """
@@ -63,6 +71,7 @@ class Plan:
     calls: list[dict[str, Any]]
     memory: dict[str, dict[str, int]]
     missing: list[Missing]
+    cache: dict[str, Any] | None = None
     failures: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -101,6 +110,8 @@ def make_plan(recipe: Recipe, *, measure: bool = False, offline: bool = False, s
     phases = denoiser_calls(recipe, len(decisions))
     shapes = {(c.stage, c.phase): call_shape(recipe, denoiser, pipeline_class, c.images, guided=c.guided, smoke=smoke) for c in phases}
     memory = _memory(recipe, denoiser, decisions, shapes, _other_bytes(recipe, component, smoke=smoke))
+    if recipe.cache is not None and recipe.calibrate is None and recipe.finetune is None:
+        notes = [*notes, UNQUANTIZED]
     target = recipe.export.target if recipe.export else "none"
     table = stored_table(recipe, component, denoiser, decisions, rows, smoke=smoke)
     seconds = _measured(recipe, phases, shapes, smoke=smoke, offline=offline) if measure else {}
@@ -121,6 +132,7 @@ def make_plan(recipe: Recipe, *, measure: bool = False, offline: bool = False, s
         calls=[_call_row(c, shapes[c.stage, c.phase], seconds.get((c.stage, c.phase))) for c in phases],
         memory={stage: estimate.to_dict() for stage, estimate in memory.items()},
         missing=missing,
+        cache=cache_macs(recipe, denoiser, pipeline_class, smoke=smoke),
         failures=[_failure(error) for error in _failures(recipe, missing, memory, offline=offline)],
         notes=notes,
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from qdm_cli import __version__
 from qdm_cli.engine.artifact import hash_file, write_json
@@ -72,7 +73,7 @@ def cache(spec: RuleConfig, source: Artifact | None, ctx: RunContext) -> StageRe
         raise InputError(f"sampler.steps: {text}.", path="sampler.steps")
     passes = 2 if guidance.mode == "sequential" else 1
     models = Models(*(replace(loop, passes=passes) for loop in (models.own, models.base))) if passes > 1 else models
-    subject = Subject(model_ref(models, source), sampler, guidance, cuts_of(spec, models.own.loaded), provenance(spec, ctx))
+    subject = Subject(model_ref(models, source), sampler, guidance, cuts_of(spec, models.own.loaded.denoiser), provenance(spec, ctx))
     latency = measured_latency(spec, models.own, subject, ctx)
     loaded = time.monotonic()
     if isinstance(spec, DpConfig):
@@ -155,7 +156,7 @@ def provenance(spec: RuleConfig, ctx: RunContext) -> Provenance:
     )
 
 
-def cuts_of(spec: RuleConfig, loaded: LoadedPipeline) -> list[Cut]:
+def cuts_of(spec: RuleConfig, denoiser: nn.Module) -> list[Cut]:
     """The cuts that a section names, or the defaults.
 
     Raises:
@@ -166,10 +167,10 @@ def cuts_of(spec: RuleConfig, loaded: LoadedPipeline) -> list[Cut]:
     places = given if isinstance(given, tuple) else (given,)
     try:
         if given == "auto":
-            found = candidate_cuts(loaded.denoiser)
+            found = candidate_cuts(denoiser)
             found = found if isinstance(spec, DpConfig) else found[:1]
         else:
-            found = [find_cut(loaded.denoiser, place.range if isinstance(place, BlockRange) else place) for place in places]
+            found = [find_cut(denoiser, place.range if isinstance(place, BlockRange) else place) for place in places]
         return [cut.model_copy(update={"store_dtype": spec.store}) for cut in found]
     except InputError as error:
         raise InputError(f"cache.{name}: {error}", path=f"cache.{name}") from None

@@ -14,6 +14,7 @@ from PIL import Image
 from qdm_cli import main as cli
 from qdm_cli.commands._outputs import OUTPUT
 from qdm_cli.engine.artifact import Manifest, digest_of, list_files, write_json, write_manifest
+from qdm_cli.engine.caching.schedule import Cut, ModelRef, SamplerRef, schedule_from_refreshes, write_schedule
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.evaluation.diff import Difference, compare_paths, layer_changes, metric_rows
 from qdm_cli.engine.evaluation.names import METRICS
@@ -25,7 +26,7 @@ LAYER = {"name": "conv", "type": "Conv2d", "shape": [4, 4, 3, 3], "bits_w": 4, "
 
 def publish(folder: Path, stage: str, **manifest: Any) -> Path:
     """Turn what lies in `folder` into an artifact of `stage`."""
-    kind = {"evaluate": "evaluated", "export": "exported", "calibrate": "calibrated"}[stage]
+    kind = {"evaluate": "evaluated", "export": "exported", "calibrate": "calibrated", "cache": "cached"}[stage]
     files = list_files(folder)
     facts: dict[str, Any] = {"base_model": {"id": "m", "digest": "base"}, "layers": [LAYER], **manifest}
     entry = {"schema": 1, "kind": kind, "stage": stage, "key": "k" * 64, "digest": digest_of(files), "files": files, **facts}
@@ -135,6 +136,19 @@ def test_models_by_the_numbers_of_their_manifests(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         publish(tmp_path / name, "export", metrics={"denoiser_bytes": count, "verified": True})
     assert winners(compare_paths(tmp_path / "a", tmp_path / "b")) == {"denoiser_bytes": "b"}
+
+
+def test_cache_schedules_are_compared(tmp_path: Path) -> None:
+    times = (9.0, 5.0, 2.0)
+    sampler = SamplerRef(class_="S", steps=3, calls=3, timesteps=times, log_snr=times[::-1], step_of_call=(0, 1, 2))
+    for name, refreshes in (("a", (0,)), ("b", (0, 2))):
+        (tmp_path / name).mkdir()
+        cut, model = Cut(id="up1", kind="unet_up", m=1), ModelRef(class_="M", config_sha256="c")
+        write_schedule(tmp_path / name, schedule_from_refreshes(refreshes, cuts=[cut], model=model, sampler=sampler))
+        publish(tmp_path / name, "cache")
+    changed = {change.field: (change.a, change.b) for change in compare_paths(tmp_path / "a", tmp_path / "b").fields}
+    assert changed["schedule.mask"] == ("100", "101") and changed["schedule.full_calls"] == (1, 2)
+    assert "schedule.cuts.0" not in changed
 
 
 def test_an_evaluation_is_not_compared_with_a_model(evaluation: Writer, tmp_path: Path) -> None:
