@@ -132,6 +132,16 @@ def test_calls_of_training_and_evaluation() -> None:
     assert ("calibrate", "ranges") not in found
 
 
+def test_calls_and_memory_of_reconstruction() -> None:
+    method = {"method": "qdiffusion", "samples_per_step": 8, "calibration_steps": 5, "data": {"samples": 8, "batch": 4}, "memory": "1MiB"}
+    planned = recipe(sampler={"steps": 10}, calibrate=method | {"rounding": {"iterations": 30}, "activations": {"iterations": 7}})
+    found = {phase.phase: phase for phase in denoiser_calls(planned, 78, units=28)}
+    assert (found["unit data"].count, found["unit data"].images) == (2 * 28 * 5 * 2, 4)
+    assert found["reconstruction"].count == 3 * (30 + 7)
+    parts = make_plan(planned, smoke=True).memory["calibrate"]
+    assert parts["unit data"] == 2**20 and parts["student"] > 0
+
+
 def test_time_is_measured_or_unknown() -> None:
     planned = recipe(calibrate=SMALL, finetune={"method": "efficientdm", "iterations": 2, "batch_size": 1})
     assert all(row["seconds"] is None for row in make_plan(planned).calls)

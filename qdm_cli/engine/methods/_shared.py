@@ -42,6 +42,10 @@ class CalibrateConfig(Spec):
     sensitivity_samples: int = Field(8, ge=1)
     """Inputs per timestep of the layers' errors, and images of the final error."""
 
+    def passes(self) -> tuple[int, ...]:
+        """Updates per unit of every pass over the units, for plans; empty = nothing is reconstructed."""
+        return ()
+
 
 Effort = Literal["fast", "balanced", "best"]
 SMOKE_UPDATES = 4

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from qdm_cli.engine.methods import method
-from qdm_cli.engine.methods._shared import CalibrateConfig, Effort, RoundingConfig, StepSizeConfig, rounding_settings, step_settings
+from qdm_cli.engine.methods._shared import (
+    ROUNDING,
+    STEPS,
+    CalibrateConfig,
+    Effort,
+    RoundingConfig,
+    StepSizeConfig,
+    rounding_settings,
+    step_settings,
+)
 from qdm_cli.engine.spec import Bytes
 
 if TYPE_CHECKING:
@@ -34,6 +43,12 @@ class QDiffusionConfig(CalibrateConfig):
     """Step sizes of the activations."""
     memory: Bytes = 2**30
     """Inputs and outputs of a unit that are held in memory; a larger set is streamed from disk."""
+
+    def passes(self) -> tuple[int, ...]:
+        """Weights, then step sizes."""
+        rounding, steps = self.rounding.iterations, self.activations.iterations
+        found = (ROUNDING[self.effort][0] if rounding is None else rounding, STEPS[self.effort][0] if steps is None else steps)
+        return tuple(updates for updates in found if updates)
 
 
 @method(QDiffusionConfig)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from qdm_cli.engine.methods import method
-from qdm_cli.engine.methods._shared import STEPS, CalibrateConfig, Effort, RoundingConfig, rounding_settings
+from qdm_cli.engine.methods._shared import ROUNDING, STEPS, CalibrateConfig, Effort, RoundingConfig, rounding_settings
 from qdm_cli.engine.spec import Bytes, Spec
 
 if TYPE_CHECKING:
@@ -109,6 +109,11 @@ class TcaqDmConfig(CalibrateConfig):
     model's own trajectories; null = no limit."""
     memory: Bytes = 2**30
     """Inputs and outputs of a unit that are held in memory; a larger set is streamed from disk."""
+
+    def passes(self) -> tuple[int, ...]:
+        """Both together, then every round."""
+        updates = ROUNDING[self.effort][0] if self.rounding.iterations is None else self.rounding.iterations
+        return (updates, *[max(1, round(self.aligned.share * updates))] * self.aligned.rounds)
 
 
 @method(TcaqDmConfig)

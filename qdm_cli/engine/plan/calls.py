@@ -46,11 +46,12 @@ def train_steps(recipe: Recipe) -> int | None:
     return getattr(getattr(recipe.finetune, "sampler", None), "steps", None)
 
 
-def denoiser_calls(recipe: Recipe, layers: int) -> list[Calls]:
+def denoiser_calls(recipe: Recipe, layers: int, units: int = 0) -> list[Calls]:
     """All phases of a recipe that call the denoiser. A sampler with two calls per step (Heun) is counted as one.
 
     Args:
         layers: Linear and Conv2d layers of the denoiser.
+        units: blocks and single layers that are reconstructed.
     """
     steps = recipe.sampler.steps
     found: list[Calls] = []
@@ -60,6 +61,7 @@ def denoiser_calls(recipe: Recipe, layers: int) -> list[Calls]:
         static = recipe.quantize.activations is not None and recipe.quantize.activations.mode == "static"
         found.append(Calls("calibrate", "ranges", steps * ceil(own / data.batch) if static else 0, min(own, data.batch)))
         found += _sensitivity(recipe.calibrate, steps, layers)
+        found += _reconstruction(recipe.calibrate, steps, units)
     if isinstance(recipe.finetune, AdaptConfig):
         found += _adaptation(recipe.finetune, steps)
     elif recipe.finetune is not None:
@@ -84,6 +86,19 @@ def _sensitivity(spec: Any, steps: int, layers: int) -> Iterator[Calls]:
         yield Calls("calibrate", "sensitivity", 3 * widths * min(TIMESTEPS, steps), min(samples, spec.data.batch))
     if spec.sensitivity == "end_to_end":
         yield Calls("calibrate", "sensitivity of the image", (layers * widths + 1) * steps, samples)
+
+
+def _reconstruction(spec: Any, steps: int, units: int) -> list[Calls]:
+    """Unit data takes both models up to the unit, on average one whole call; an update of all units costs as much as a forward and a
+    backward of the denoiser, which is three calls."""
+    if not (passes := spec.passes()):
+        return []
+    own = min(spec.samples_per_step, spec.data.samples)
+    calls = min(spec.calibration_steps, steps) * ceil(own / spec.data.batch)
+    return [
+        Calls("calibrate", "unit data", len(passes) * units * calls, min(own, spec.data.batch)),
+        Calls("calibrate", "reconstruction", 3 * sum(passes), spec.batch_size, guided=False),
+    ]
 
 
 def _adaptation(cfg: AdaptConfig, steps: int) -> list[Calls]:

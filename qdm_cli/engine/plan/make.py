@@ -27,6 +27,7 @@ from qdm_cli.engine.plan.missing import Missing, missing_weights
 from qdm_cli.engine.plan.table import stored_table
 from qdm_cli.engine.quant.rules import resolve
 from qdm_cli.engine.quant.scale_config import AdaptConfig
+from qdm_cli.engine.quant.units import find_units
 from qdm_cli.engine.recipe.checks import stages_of
 from qdm_cli.engine.run.smoke import smoke_recipe
 from qdm_cli.engine.runtime.size import bytes_by_part, nbytes, owner_of, tensor_table
@@ -107,7 +108,8 @@ def make_plan(recipe: Recipe, *, measure: bool = False, offline: bool = False, s
     rows = _rows(recipe, decisions)
     decisions, notes = with_auto(recipe, component, denoiser, decisions, rows, smoke=smoke)
     missing = missing_weights(recipe, smoke=smoke, offline=offline)
-    phases = denoiser_calls(recipe, len(decisions))
+    units = len(find_units(denoiser, [d.name for d in decisions if d.skipped_why is None]))
+    phases = denoiser_calls(recipe, len(decisions), units)
     shapes = {(c.stage, c.phase): call_shape(recipe, denoiser, pipeline_class, c.images, guided=c.guided, smoke=smoke) for c in phases}
     memory = _memory(recipe, denoiser, decisions, shapes, _other_bytes(recipe, component, smoke=smoke))
     if recipe.cache is not None and recipe.calibrate is None and recipe.finetune is None:

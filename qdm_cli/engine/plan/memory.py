@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -209,7 +209,13 @@ def calibrate_estimate(
     search = codes + 4 * largest
     step = max(capture, ranges, search + kept_values)
     weights = weight_bytes(denoiser, recipe.model.dtype)
-    return Estimate({"weights": weights, "other components": others, "step": step}, loading=others + 2 * weights)
+    parts = {"weights": weights, "other components": others, "step": step}
+    if spec.passes():
+        # the quantized copy holds codes as floats; no unit has larger inputs and outputs than a whole call has tensors
+        inputs = min(cast(Any, spec).calibration_steps, steps) * min(spec.samples_per_step, spec.data.samples)
+        shape = shapes["trajectories"]
+        parts |= {"student": 4 * codes, "unit data": min(cast(Any, spec).memory, inputs * peaks[shape] // shape.images)}
+    return Estimate(parts, loading=others + 2 * weights)
 
 
 def finetune_estimate(

@@ -249,7 +249,7 @@ def config(**fields) -> TcaqDmConfig:
         "calibration_steps": 5,
         "batch_size": 16,
         "rounding": {"iterations": 20, "lr": 3e-2},
-        "channels": {"layers": "all"},
+        "channels": {"layers": "all", "alpha": 0.5},
         "aligned": {"rounds": 1, "samples": 12, "held_out": 6},
     }
     return TcaqDmConfig.model_validate(base | fields)
