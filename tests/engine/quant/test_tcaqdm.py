@@ -266,7 +266,7 @@ def calibrated(folder: Path, cfg: TcaqDmConfig, sample=own_toy_trajectories, **p
 
 class TestMethod:
     def test_units_improve_and_the_round_is_reported(self, tmp_path):
-        model, _, ctx = calibrated(tmp_path, config(rounding={"iterations": 200, "lr": 3e-2}))
+        model, _, ctx = calibrated(tmp_path, config(rounding={"iterations": 100, "lr": 3e-2}))
         report = json.loads((ctx.payload / "reconstruction.json").read_text())
         assert [row["unit"] for row in report["joint"]] == ["time", "inner", "blocks.1", "blocks.0", "out"]
         assert all(row["error"] <= row["error_start"] for row in report["joint"] + report["round-0"])
