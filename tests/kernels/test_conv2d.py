@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qdm_kernels.backend import Exact
-from qdm_kernels.conv2d_w8a8 import op
+from qdm_kernels.conv2d_w8a8 import cpu, op
+
+
+@pytest.fixture(autouse=True, scope="module", params=["convolution", "unfolded", "unfolded by image"])
+def form(request: pytest.FixtureRequest):
+    """The two ways of the cpu backend, whatever the number of filters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "UNFOLD_OUTPUTS", 1 << 30 if request.param == "convolution" else 0)
+        patch.setattr(cpu, "UNFOLD_BYTES", 0 if "by image" in request.param else 1 << 30)
+        yield request.param
 
 
 @dataclass(frozen=True)

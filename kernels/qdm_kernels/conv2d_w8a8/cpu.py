@@ -1,4 +1,8 @@
-"""Convolution on CPUs: oneDNN u8 x s8 where it is exact for these weights, else exact float32 (README: Strategies)."""
+"""Convolution on CPUs: oneDNN u8 x s8 where it is exact for these weights, else exact float32 (README: Strategies).
+
+oneDNN's convolution with a zero point brings the whole weight into another layout in every call: torch packs it without. Where weights are
+many and pixels few that doubles its time, so such layers are products over unfolded codes: bytes, whose copies cost little.
+"""
 
 from dataclasses import dataclass
 
@@ -8,7 +12,11 @@ from torch import Tensor
 
 from qdm_kernels import backend, onednn
 from qdm_kernels.exact import Slice, l1_by_input, rescale_, split_exact, subtract_input_sum, subtract_zero_point, why_not_int8
-from qdm_kernels.geometry import Conv2dGeometry
+from qdm_kernels.geometry import Conv2dGeometry, Pair
+from qdm_kernels.linear_w8a8 import cpu as linear
+
+UNFOLD_OUTPUTS = 512  # filters from which a weight's layout costs more than the copies of its inputs
+UNFOLD_BYTES = 1 << 25  # of unfolded codes; more are made image by image
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,26 @@ class Int8:
 
 
 @dataclass(frozen=True)
+class Unfolded:
+    """Weights as the matrix [O, kh * kw * I] of a linear layer; packed to slices as in `linear_w8a8.cpu.Int8`."""
+
+    packed: Tensor
+    centre: Tensor | None
+    ones: Tensor
+    zeros: Tensor
+    slices: tuple[Slice, ...]
+    kernel: Pair
+    geometry: Conv2dGeometry
+    strategy: str = "onednn"
+    reason: str | None = None
+
+    @property
+    def matrix(self) -> linear.Int8:
+        """The same as the state of a linear layer."""
+        return linear.Int8(self.packed, self.centre, self.ones, self.zeros, self.slices)
+
+
+@dataclass(frozen=True)
 class Float32:
     """Weights minus zero point as float32, cut along input channels so that every partial sum is exact. row_sums: int32 [O]."""
 
@@ -42,8 +70,10 @@ class Float32:
     strategy: str = "fp32"
 
 
-def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Int8 | Float32:
+def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Int8 | Unfolded | Float32:
     """Pack for the fastest exact strategy on this CPU; arguments as in `op.prepare`."""
+    if (unfolded := _prepare_unfolded(codes, zero_point, geometry)) is not None:
+        return unfolded
     weight = subtract_zero_point(codes, zero_point)
     folded, reason = why_not_int8("conv2d_w8a8", codes, weight)
     if reason is None and not folded and geometry.groups > 1:
@@ -54,6 +84,17 @@ def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Int8
         return _prepare_int8(weight.to(torch.int8), None, geometry)
     ones_filter = torch.ones((1, *codes.shape[1:]), dtype=torch.int8)
     return _prepare_int8(torch.cat([codes, ones_filter]), zero_point.to(torch.int32), geometry)
+
+
+def _prepare_unfolded(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Unfolded | None:
+    """The layer as a product; None where that is slower, or not exact on this CPU."""
+    kernel = codes.shape[2], codes.shape[3]
+    if geometry.groups > 1 or not (geometry.is_pointwise(kernel) or codes.shape[0] >= UNFOLD_OUTPUTS):
+        return None
+    state = linear.prepare(codes.permute(0, 2, 3, 1).flatten(1), zero_point)
+    if isinstance(state, linear.Float32):
+        return None
+    return Unfolded(state.packed, state.centre, state.ones, state.zeros, state.slices, kernel, geometry)
 
 
 def _prepare_int8(weight: Tensor, centre: Tensor | None, geometry: Conv2dGeometry) -> Int8:
@@ -78,8 +119,10 @@ def _prepare_float32(weight: Tensor, geometry: Conv2dGeometry, reason: str) -> F
     return Float32(pieces, weight.flatten(1).sum(1).to(torch.int32), geometry, reason)
 
 
-def accumulate(x: Tensor, zero_point: Tensor, state: Int8 | Float32) -> Tensor:
+def accumulate(x: Tensor, zero_point: Tensor, state: Int8 | Unfolded | Float32) -> Tensor:
     """sum (x - z_x)(w - z_w): x int8 [B, I, H, W] -> int32 [B, O, H', W'], channels_last."""
+    if isinstance(state, Unfolded):
+        return _as_image(linear.accumulate(_windows(x, zero_point, state), zero_point, state.matrix), x, state)
     z = int(zero_point)
     if isinstance(state, Int8):
         return _accumulate_int8(onednn.to_unsigned(x), z + 128, state)
@@ -87,13 +130,15 @@ def accumulate(x: Tensor, zero_point: Tensor, state: Int8 | Float32) -> Tensor:
 
 
 def conv2d(
-    x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Int8 | Float32,
+    x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Int8 | Unfolded | Float32,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
     """float(accumulator) * (x_scale * w_scale) + bias; w_scale, bias: [O, 1, 1]. -> [B, O, H', W'] channels_last.
 
     float32, or `out_dtype` where that saves a pass.
     """
+    if isinstance(state, Unfolded):
+        return _conv_unfolded(x, x_scale, zero_point, w_scale, bias, state, out_dtype)
     z = int(zero_point)
     if isinstance(state, Float32):
         return rescale_(_sums_float32(x, z, state), x_scale, w_scale, bias)
@@ -108,6 +153,42 @@ def conv2d(
         y = onednn.conv2d(x, z + 128, state.packed, x_scale * w_scale.flatten(), state.zeros, g, bias=fused, out_dtype=direct)
         return y if whole else y.add_(bias)
     return rescale_(_sums_int8(unsigned, z + 128, state), x_scale, w_scale, bias)
+
+
+def _conv_unfolded(
+    x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Unfolded, out_dtype: torch.dtype
+) -> Tensor:
+    """`conv2d` as a product over the windows of every pixel, at once or image by image."""
+    pixels = state.geometry.output_size((x.shape[2], x.shape[3]), state.kernel)
+    terms = x.shape[1] * state.kernel[0] * state.kernel[1]
+    parts = [x] if len(x) * pixels[0] * pixels[1] * terms <= UNFOLD_BYTES else x.split(1)
+    scales = [x_scale] * len(parts) if x_scale.dim() == 0 else x_scale.split([len(part) for part in parts])
+    vectors = w_scale.flatten(), None if bias is None else bias.flatten()
+    outputs = []
+    for part, scale in zip(parts, scales, strict=True):
+        scale = scale if scale.dim() == 0 else scale.expand(len(part), *pixels, 1).reshape(-1, 1)
+        y = linear.linear(_windows(part, zero_point, state), scale, zero_point, *vectors, state.matrix, out_dtype)
+        outputs.append(_as_image(y, part, state))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _windows(x: Tensor, zero_point: Tensor, state: Unfolded) -> Tensor:
+    """Codes under the kernel at every output pixel: int8 [B, I, H, W] -> [B * H' * W', kh * kw * I], the border being code z."""
+    g, (kh, kw) = state.geometry, state.kernel
+    image = _with_border(x, int(zero_point), g).permute(0, 2, 3, 1).contiguous()
+    b, h, w, c = image.shape
+    if g.is_pointwise(state.kernel):
+        return image.view(b * h * w, c)
+    oh, ow = g.output_size((x.shape[2], x.shape[3]), state.kernel)
+    line = w * c
+    strides = (h * line, g.stride[0] * line, g.stride[1] * c, g.dilation[0] * line, g.dilation[1] * c, 1)
+    return image.as_strided((b, oh, ow, kh, kw, c), strides).reshape(b * oh * ow, kh * kw * c)
+
+
+def _as_image(rows: Tensor, x: Tensor, state: Unfolded) -> Tensor:
+    """[B * H' * W', O] -> [B, O, H', W'] for input x."""
+    size = state.geometry.output_size((x.shape[2], x.shape[3]), state.kernel)
+    return rows.view(len(x), *size, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def _sums_int8(x: Tensor, z: int, state: Int8) -> Tensor:
