@@ -19,8 +19,8 @@ from qdm_kernels.conv2d_w8a8.tiles import GROUP_M, choose_conv_plan
 from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.epilogue.triton import pick, store
 from qdm_kernels.exact import subtract_zero_point, value_range
-from qdm_kernels.gemm.tiles import Plan, aligned
-from qdm_kernels.gemm.triton import COMPILED, multiply, plane_offsets, tile_of, unpack_high, unpack_low
+from qdm_kernels.gemm.tiles import Plan, aligned, cdiv
+from qdm_kernels.gemm.triton import COMPILED, follow, multiply, overlaps, plane_offsets, tile_of, unpack_high, unpack_low
 from qdm_kernels.gemm.triton import launch as run
 from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.layout import pack_int4, padded_length
@@ -89,12 +89,14 @@ def conv2d_kernel(
     DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BITS: tl.constexpr, ASM: tl.constexpr, EVEN_C: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One [BM, BN] tile of the output, or, with SPLIT, of the raw sums of one share of K.
 
     x [B, H, W, C] int8; w [N, KH, KW, BLOCKS * BK] int8, or half as many bytes in two K-planes; work [splits, M, N] int32; out [M, N].
     """
+    if OVERLAP:
+        follow()
     tile_m, tile_n = tile_of(M, N, BM, BN, GROUP_M)
     offs_m = tile_m * BM + tl.arange(0, BM)
     offs_n = tile_n * BN + tl.arange(0, BN)
@@ -158,12 +160,14 @@ def finish_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, CENTRE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Adds the shares of K, in order, and finishes them: work [SPLITS, M, SUMS_N] int32 -> out [M, N].
 
     CENTRE: column N of the sums is the product with ones, X; z_w[n] * X leaves every column n.
     """
+    if OVERLAP:
+        follow()
     offs_m = tl.program_id(0) * BM + tl.arange(0, BM)
     offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
     m_ok = offs_m < M
@@ -276,11 +280,11 @@ def launch(
     else:
         _multiply(x, state.weight, work, pointers, flags, kind, plan, shape, (oh, ow))
     if split:
-        constants = (*shape, *flags, centre, 32, 64)
+        constants = (*shape, *flags, centre, 32, 64, overlaps(device))
         run(
-            finish_kernel, (triton.cdiv(m, 32), triton.cdiv(n, 64), 1),
+            finish_kernel, (cdiv(m, 32), cdiv(n, 64), 1),
             ("conv2d finish", device.index, constants, kind, n % 16 == 0, n == 1, f % 16 == 0, f == 1),
-            (work, state.centre, *pointers, m, n, f, h, w, oh, ow, splits, *constants), {"num_warps": 4, "enable_fp_fusion": False},
+            (work, state.centre, *pointers, m, n, f, h, w, oh, ow, splits, *constants), {"num_warps": 4, "launch_pdl": overlaps(device)},
         )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 
@@ -292,11 +296,11 @@ def _multiply(
     """Launch `conv2d_kernel`: x [B, H, W, C]; shape: sides, strides, padding, dilation; size: of the output."""
     tile, splits, (b, h, w, c), (f, kh, kw, row) = plan.tile, plan.splits, x.shape, weight.shape
     bits, m = 4 if weight.dtype == torch.uint8 else 8, b * size[0] * size[1]
-    blocks = row * 8 // bits // tile.bk
-    constants = (*shape, *flags, bits, COMPILED, c % tile.bk == 0, tile.swap, work is not None, tile.bm, tile.bn, tile.bk, GROUP_M)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": False}
+    blocks, overlap = row * 8 // bits // tile.bk, overlaps(x.device)
+    constants = (*shape, *flags, bits, COMPILED, c % tile.bk == 0, tile.swap, work is not None, tile.bm, tile.bn, tile.bk, GROUP_M, overlap)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "launch_pdl": overlap}
     run(
-        conv2d_kernel, (triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), splits, 1),
+        conv2d_kernel, (cdiv(m, tile.bm) * cdiv(f, tile.bn), splits, 1),
         ("conv2d", x.device.index, constants, kind, tile, f % 16 == 0, f == 1),
         (x, weight, work, *pointers, m, f, c, h, w, *size, blocks, -(-kh * kw * blocks // splits), *constants), options,
     )  # fmt: skip

@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qdm_kernels.epilogue.triton import activate, gain_of, store_rows
+from qdm_kernels.gemm.tiles import cdiv
+from qdm_kernels.gemm.triton import follow, launch, overlaps, variant
 from qdm_kernels.producer import plain_floats, tables_of
 from qdm_kernels.quantize.reference import SMALLEST_ROW
 
@@ -17,8 +19,11 @@ def gelu_kernel(
     x_ptr, gain_ptr, scale_ptr, zero_ptr, step_ptr, row_scale_ptr, out_ptr, ROWS, K,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GAIN: tl.constexpr, GAIN_TABLE: tl.constexpr, TABLES: tl.constexpr,
     DYNAMIC: tl.constexpr, SMALLEST: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """R rows, BLOCK columns: x [ROWS, K], or with GATED [ROWS, 2 K] as value and gate -> codes [ROWS, K]."""
+    if OVERLAP:
+        follow()
     rows, k = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row_ok, k_ok = rows < ROWS, k < K
     mask = row_ok[:, None] & k_ok[None, :]
@@ -57,11 +62,14 @@ def activate_quantize(
         return out, row_scale
     block = block if dynamic else min(block, 1024)
     at_once = max(1, 2048 // block)
-    gelu_kernel[(triton.cdiv(rows, at_once), triton.cdiv(k, block))](
-        x, gain, scale, zero_point, step, row_scale, out, rows, k, GATED=gated,
-        ACTIVATION="gelu" if approximate == "none" else "gelu_tanh", HAS_GAIN=gain is not None,
-        GAIN_TABLE=gain is not None and gain.dim() == 2, TABLES=tables_of(scale, zero_point, step), DYNAMIC=dynamic,
-        SMALLEST=SMALLEST_ROW, LOW=-(1 << bits - 1), HIGH=(1 << bits - 1) - 1, R=at_once, BLOCK=block,
-        num_warps=max(4, min(16, at_once * block // 512)), enable_fp_fusion=False,
+    tensors = (x, gain, scale, zero_point, step, row_scale, out)
+    constants = (
+        gated, "gelu" if approximate == "none" else "gelu_tanh", gain is not None, gain is not None and gain.dim() == 2,
+        tables_of(scale, zero_point, step), dynamic, SMALLEST_ROW, -(1 << bits - 1), (1 << bits - 1) - 1, at_once, block,
+        overlaps(x.device),
+    )  # fmt: skip
+    launch(
+        gelu_kernel, (cdiv(rows, at_once), cdiv(k, block), 1), ("gelu", x.device.index, variant(*tensors, rows, k), constants),
+        (*tensors, rows, k, *constants), {"num_warps": max(4, min(16, at_once * block // 512)), "launch_pdl": constants[-1]},
     )  # fmt: skip
     return out, row_scale

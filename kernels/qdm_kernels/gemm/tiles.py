@@ -196,6 +196,11 @@ def processors(device: torch.device) -> tuple[int, int]:
     return found.major * 10 + found.minor, found.multi_processor_count
 
 
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover a size; `triton.cdiv` is a constexpr function, which takes ten times as long."""
+    return -(-size // block)
+
+
 def aligned(x: Tensor) -> Tensor:
     """x contiguous and on a 16-byte boundary, copied only if it is not: an odd address would compile a slow variant."""
     x = x.contiguous()

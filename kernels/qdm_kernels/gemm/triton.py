@@ -1,6 +1,8 @@
 """What the Triton matrix products share: cheap launches, order of the tiles, unpacking of 4-bit codes."""
 
+import os
 from collections.abc import Hashable
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,12 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qdm_kernels.gemm import tiles
+
 _compiled: dict[Hashable, Any] = {}
 
 
 def launch(fn: Any, grid: tuple[int, int, int], key: tuple[Hashable, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Launch a kernel with all its arguments in order; the variant compiled for a key is launched again without triton's own look-up,
-    which costs some fifty microseconds for as many arguments.
+    """Launch a kernel with all its arguments in order; no multiply-add is contracted.
+
+    The variant compiled for a key is launched again without triton's own look-up, which takes long for as many arguments.
 
     key: everything the machine code depends on: device, constants, options, and dtype, presence and alignment of every tensor.
     """
@@ -21,14 +26,45 @@ def launch(fn: Any, grid: tuple[int, int, int], key: tuple[Hashable, ...], argum
     if found is not None:
         found[grid](*arguments)
         return
-    found = fn[grid](*arguments, **options)
+    found = fn[grid](*arguments, **options, enable_fp_fusion=False)
     if found is not None:  # the interpreter compiles nothing
         _compiled[key] = found
+
+
+def variant(*arguments: Any) -> tuple[Hashable, ...]:
+    """Of each argument, what triton specialises a kernel for: a tensor's dtype and 16-byte alignment, an integer's divisibility by 16."""
+    found: list[Hashable] = []
+    for one in arguments:
+        if isinstance(one, Tensor):
+            found.append((one.dtype, one.data_ptr() % 16 == 0))
+        else:
+            found.append((one % 16 == 0, one == 1, one >= 1 << 31) if isinstance(one, int) else one is None)
+    return tuple(found)
 
 
 def kinds(*tensors: Tensor | None) -> tuple[Hashable, ...]:
     """Of each tensor, what a variant depends on where alignment is not specialised: its dtype; None = it is absent."""
     return tuple(None if t is None else t.dtype for t in tensors)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels may start while the one before them drains (programmatic dependent launch), as capability 9.0 and later do.
+
+    QDM_OVERLAP=0, read once, turns it off.
+    """
+    return COMPILED and tiles.processors(device)[0] >= 90 and _overlap_wanted()
+
+
+@cache
+def _overlap_wanted() -> bool:
+    return os.environ.get("QDM_OVERLAP") != "0"
+
+
+@triton.jit
+def follow():
+    """Waits until the kernels before this one have written their results, and lets the one after it start early, up to the same point."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 def scalar_on(t: Tensor | None, device: torch.device) -> Tensor | None:

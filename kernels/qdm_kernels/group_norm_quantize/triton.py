@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qdm_kernels.epilogue.triton import activate, gain_of, pick, to_codes
+from qdm_kernels.gemm.tiles import cdiv
+from qdm_kernels.gemm.triton import follow, launch, overlaps, variant
 from qdm_kernels.producer import plain_floats, tables_of
 
 _PIXELS, _CHANNELS = 32, 128  # tile of the second kernel
@@ -19,9 +21,11 @@ _SEGMENT = 128  # least pixels of a segment
 @triton.jit
 def moments_kernel(
     x_ptr, mean_ptr, m2_ptr, PIXELS, C, GROUPS, SEGMENT, SEGMENTS,
-    WIDTH: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    WIDTH: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of one group over one segment: x [B, PIXELS, C] -> [B, SEGMENTS, GROUPS]. WIDTH: C / GROUPS."""
+    if OVERLAP:
+        follow()
     image, group, segment = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1)
     c = tl.arange(0, BC)
     first = segment * SEGMENT
@@ -51,9 +55,11 @@ def apply_kernel(
     SEGMENTS, EPS,
     WIDTH: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, GAIN_TABLE: tl.constexpr,
     TABLES: tl.constexpr, ACTIVATION: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr,
-    BP: tl.constexpr, BC: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Codes of one tile of pixels and channels: x [B, PIXELS, C] -> int8 of the same shape."""
+    if OVERLAP:
+        follow()
     image = tl.program_id(2)
     s, g = tl.arange(0, BS), tl.arange(0, BG)
     known = (s < SEGMENTS)[:, None] & (g < GROUPS)[None, :]
@@ -96,18 +102,24 @@ def normalize_quantize(
         return out.permute(0, 3, 1, 2)
     pixels, width = h * w, c // groups
     segments = max(1, min(_MOST_SEGMENTS, pixels // _SEGMENT))
-    segment = triton.cdiv(pixels, segments)
+    segment = cdiv(pixels, segments)
     mean, m2 = torch.empty((2, b, segments, groups), dtype=torch.float32, device=x.device)
     columns = triton.next_power_of_2(width)
-    moments_kernel[(b * groups, segments)](
-        x, mean, m2, pixels, c, groups, segment, segments, WIDTH=width, BP=max(1, min(128, 4096 // columns)), BC=columns, num_warps=4,
-        enable_fp_fusion=False,
+    sizes = (pixels, c, groups, segment, segments)
+    overlap = overlaps(x.device)
+    tile = (width, max(1, min(128, 4096 // columns)), columns, overlap)
+    launch(
+        moments_kernel, (b * groups, segments, 1), ("moments", x.device.index, variant(x, mean, m2, *sizes), tile),
+        (x, mean, m2, *sizes, *tile), {"num_warps": 4, "launch_pdl": overlap},
     )  # fmt: skip
-    apply_kernel[(triton.cdiv(pixels, _PIXELS), triton.cdiv(c, _CHANNELS), b)](
-        x, mean, m2, weight, bias, gain, scale, zero_point, step, out, pixels, c, groups, segment, segments, eps, WIDTH=width,
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_GAIN=gain is not None,
-        GAIN_TABLE=gain is not None and gain.dim() == 2, TABLES=tables_of(scale, zero_point, step), ACTIVATION=activation,
-        LOW=-(1 << bits - 1), HIGH=(1 << bits - 1) - 1, BS=triton.next_power_of_2(segments), BG=triton.next_power_of_2(groups),
-        BP=_PIXELS, BC=_CHANNELS, num_warps=4, enable_fp_fusion=False,
+    tensors = (x, mean, m2, weight, bias, gain, scale, zero_point, step, out)
+    constants = (
+        width, weight is not None, bias is not None, gain is not None, gain is not None and gain.dim() == 2,
+        tables_of(scale, zero_point, step), activation, -(1 << bits - 1), (1 << bits - 1) - 1, triton.next_power_of_2(segments),
+        triton.next_power_of_2(groups), _PIXELS, _CHANNELS, overlap,
+    )  # fmt: skip
+    launch(
+        apply_kernel, (cdiv(pixels, _PIXELS), cdiv(c, _CHANNELS), b), ("apply", x.device.index, variant(*tensors, *sizes), constants),
+        (*tensors, *sizes, eps, *constants), {"num_warps": 4, "launch_pdl": overlap},
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)

@@ -8,7 +8,6 @@ kernels, so the bits are the same. A convolution reads boxes of pixels of its NH
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,8 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qdm_kernels.conv2d_w8a8.triton import finish_pixels
-from qdm_kernels.gemm.tiles import GROUP_M, Plan, Tile
-from qdm_kernels.gemm.triton import launch, tile_of, unpack_high, unpack_low
+from qdm_kernels.gemm.tiles import GROUP_M, Plan, Tile, cdiv
+from qdm_kernels.gemm.triton import follow, launch, overlaps, tile_of, unpack_high, unpack_low
 from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.linear_w8a8.triton import SCALARS, finish_tile
 
@@ -137,12 +136,14 @@ def linear_kernel(
     out_zero_ptr, out_ptr, M, N, BLOCKS, BLOCKS_PER_SPLIT,
     WIDE: gl.constexpr, PER_ROW: gl.constexpr, TABLES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
     ACTIVATION: gl.constexpr, BITS: gl.constexpr, SPLIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr, GROUP_M: gl.constexpr, TILE: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr, GROUP_M: gl.constexpr, TILE: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """As `linear_w8a8.triton.linear_kernel`: x [M, K] and w [N, BLOCKS * BK] come by descriptors of their tiles. TILE: layout of x's."""
     WIDTH: gl.constexpr = BK if BITS == 8 else BK // 2
     SUMS: gl.constexpr = _sums_layout(BN if BITS == 8 else BM, WARPS)
     ROWS: gl.constexpr = _rows_layout(BN, WARPS)
+    if OVERLAP:
+        follow()
     x, w, full, empty = _buffers(x_desc, w_desc, BM, BN, BK, WIDTH, STAGES, TILE)
     tile_m, tile_n = tile_of(M, N, BM, BN, GROUP_M)
     begin = gl.program_id(1) * BLOCKS_PER_SPLIT
@@ -195,12 +196,14 @@ def conv2d_kernel(
     DH: gl.constexpr, DW: gl.constexpr, WIDE: gl.constexpr, PER_IMAGE: gl.constexpr, TABLES: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, BITS: gl.constexpr, SPLIT: gl.constexpr,
     BB: gl.constexpr, BH: gl.constexpr, BW: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr, GROUP_M: gl.constexpr, TILE: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr, GROUP_M: gl.constexpr, TILE: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """As `conv2d_w8a8.triton.conv2d_kernel` with stride 1. A tile is a box of BB images, BH rows, BW columns."""
     WIDTH: gl.constexpr = BK if BITS == 8 else BK // 2
     SUMS: gl.constexpr = _sums_layout(BN if BITS == 8 else BM, WARPS)
     ROWS: gl.constexpr = _rows_layout(BN, WARPS)
+    if OVERLAP:
+        follow()
     x, w, full, empty = _buffers(x_desc, w_desc, BM, BN, BK, WIDTH, STAGES, TILE)
     boxes_h, boxes_w = gl.cdiv(OH, BH), gl.cdiv(OW, BW)
     boxes = gl.cdiv(M, OH * OW * BB) * boxes_h * boxes_w
@@ -271,9 +274,21 @@ def run_linear(
     """Launch `linear_kernel`; arguments as the general kernel has them (`linear_w8a8.triton`)."""
     tile, splits, m, (n, width), bits = plan.tile, plan.splits, x.shape[0], weight.shape, _bits(weight)
     blocks = width * 8 // bits // tile.bk
-    constants = (*flags, bits, work is not None, tile.bm, tile.bn, tile.bk, tile.stages, tile.warps, GROUP_M, _layout(tile.bk, 2))
+    constants = (
+        *flags,
+        bits,
+        work is not None,
+        tile.bm,
+        tile.bn,
+        tile.bk,
+        tile.stages,
+        tile.warps,
+        GROUP_M,
+        _layout(tile.bk, 2),
+        overlaps(x.device),
+    )
     launch(
-        linear_kernel, (triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn), splits, 1),
+        linear_kernel, (cdiv(m, tile.bm) * cdiv(n, tile.bn), splits, 1),
         ("linear tma", x.device.index, constants, kind, tile, n % 16 == 0, n == 1),
         (
             _rows(x, tile.bm, tile.bk), _rows(weight, tile.bn, tile.bk * bits // 8), work, *pointers, m, n, blocks, -(-blocks // splits),
@@ -291,15 +306,15 @@ def run_conv2d(
     tile, splits, g, bits = plan.tile, plan.splits, geometry, _bits(weight)
     (b, h, w, _), (n, kh, kw, width) = x.shape, weight.shape
     box = box_of(tile.bm, (b, *size))
-    boxes = triton.cdiv(b, box[0]) * triton.cdiv(size[0], box[1]) * triton.cdiv(size[1], box[2])
+    boxes = cdiv(b, box[0]) * cdiv(size[0], box[1]) * cdiv(size[1], box[2])
     blocks = width * 8 // bits // tile.bk
     constants = (
         kh, kw, *g.stride, *g.padding, *g.dilation, *flags, bits, work is not None, *box, tile.bm, tile.bn, tile.bk, tile.stages,
-        tile.warps, GROUP_M, _layout(tile.bk, 2),
+        tile.warps, GROUP_M, _layout(tile.bk, 2), overlaps(x.device),
     )  # fmt: skip
     pixels = TensorDescriptor(x, list(x.shape), list(x.stride()), [*box, tile.bk], _layout(tile.bk, 4))
     launch(
-        conv2d_kernel, (boxes * triton.cdiv(n, tile.bn), splits, 1),
+        conv2d_kernel, (boxes * cdiv(n, tile.bn), splits, 1),
         ("conv2d tma", x.device.index, constants, kind, tile, n % 16 == 0, n == 1),
         (pixels, _rows(weight.flatten(1), tile.bn, tile.bk * bits // 8), work, *pointers, b * size[0] * size[1], n, h, w, *size, blocks,
          -(-kh * kw * blocks // splits), *constants),
@@ -312,7 +327,7 @@ def _bits(weight: Tensor) -> int:
 
 
 def _options(tile: Tile) -> dict[str, Any]:
-    return {"num_warps": tile.warps, "maxnreg": tile.registers, "enable_fp_fusion": False}
+    return {"num_warps": tile.warps, "maxnreg": tile.registers, "launch_pdl": True}
 
 
 def _rows(t: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qdm_kernels.epilogue.triton import gain_of, store_rows
+from qdm_kernels.gemm.tiles import cdiv
+from qdm_kernels.gemm.triton import follow, launch, overlaps, variant
 from qdm_kernels.producer import plain_floats, tables_of
 from qdm_kernels.quantize.reference import SMALLEST_ROW
 
@@ -18,9 +20,11 @@ def layer_norm_kernel(
     ROWS_PER_SAMPLE, EPS,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MODULATED: tl.constexpr, HAS_GAIN: tl.constexpr, GAIN_TABLE: tl.constexpr,
     TABLES: tl.constexpr, DYNAMIC: tl.constexpr, SMALLEST: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """R rows of x [ROWS, K] -> codes. m, shift [samples, K]; gain [K] or [S, K]."""
+    if OVERLAP:
+        follow()
     rows, k = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, BLOCK)
     row_ok, k_ok = rows < ROWS, k < K
     mask = row_ok[:, None] & k_ok[None, :]
@@ -62,11 +66,15 @@ def normalize_quantize(
     if rows == 0:
         return out, row_scale
     at_once = max(1, 2048 // block)
-    layer_norm_kernel[(triton.cdiv(rows, at_once),)](
-        x, weight, bias, m, shift, gain, scale, zero_point, step, row_scale, out, rows, k, rows // x.shape[0], eps,
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, MODULATED=m is not None, HAS_GAIN=gain is not None,
-        GAIN_TABLE=gain is not None and gain.dim() == 2, TABLES=tables_of(scale, zero_point, step), DYNAMIC=dynamic,
-        SMALLEST=SMALLEST_ROW, LOW=-(1 << bits - 1), HIGH=(1 << bits - 1) - 1, R=at_once, BLOCK=block,
-        num_warps=max(4, min(16, at_once * block // 512)), enable_fp_fusion=False,
+    tensors = (x, weight, bias, m, shift, gain, scale, zero_point, step, row_scale, out)
+    constants = (
+        weight is not None, bias is not None, m is not None, gain is not None, gain is not None and gain.dim() == 2,
+        tables_of(scale, zero_point, step), dynamic, SMALLEST_ROW, -(1 << bits - 1), (1 << bits - 1) - 1, at_once, block,
+        overlaps(x.device),
+    )  # fmt: skip
+    sizes = (rows, k, rows // x.shape[0])
+    launch(
+        layer_norm_kernel, (cdiv(rows, at_once), 1, 1), ("layer norm", x.device.index, variant(*tensors, *sizes), constants),
+        (*tensors, *sizes, eps, *constants), {"num_warps": max(4, min(16, at_once * block // 512)), "launch_pdl": constants[-1]},
     )  # fmt: skip
     return out, row_scale

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from qdm_kernels.epilogue.reference import Epilogue, finish
 from qdm_kernels.epilogue.triton import store
-from qdm_kernels.gemm.tiles import GROUP_M, Tile, aligned, weight_only_tile
-from qdm_kernels.gemm.triton import tile_of
+from qdm_kernels.gemm.tiles import GROUP_M, Tile, aligned, cdiv, weight_only_tile
+from qdm_kernels.gemm.triton import COMPILED, follow, launch, overlaps, tile_of, variant
 from qdm_kernels.layout import padded_length
 from qdm_kernels.linear_w4a16.reference import dequantize
 
@@ -51,11 +51,14 @@ def linear_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, out_ptr, M, N, K, BLOCKS, GROUPS,
     BLOCKS_PER_GROUP: tl.constexpr, KIND: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One [BM, BN] tile: x [M, K], w int16 [N, BLOCKS * BK / 4], scale and zero [N, GROUPS] -> out [M, N].
 
     BLOCKS_PER_GROUP: 0 = one scale per output, applied at the end.
     """
+    if OVERLAP:
+        follow()
     tile_m, tile_n = tile_of(M, N, BM, BN, GROUP_M)
     offs_m, offs_n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     m_ok, n_ok = offs_m < M, offs_n < N
@@ -136,12 +139,17 @@ def linear(x: Tensor, bias: Tensor | None, state: State, end: Epilogue, *, tile:
     group = 0 if groups == 1 else padded // groups
     tile = tile or weight_only_tile(m, n, padded, group, x.device)
     residual = None if end.residual is None else end.residual.contiguous()
-    kind = "plain" if not isinstance(linear_kernel, triton.JITFunction) else "bf16" if x.dtype == torch.bfloat16 else "fp16"
-    linear_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)](
-        x, state.words, state.scale, state.zero_point, bias, residual, out, m, n, x.shape[1], padded // tile.bk, groups,
-        BLOCKS_PER_GROUP=group // tile.bk, KIND=kind, EVEN_K=x.shape[1] % tile.bk == 0, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, ACTIVATION=end.activation, WIDE=max(x.numel(), out.numel(), state.words.numel()) >= 1 << 31,
-        BM=tile.bm, BN=tile.bn, BK=tile.bk, GROUP_M=GROUP_M, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-        enable_fp_fusion=False,
+    kind, overlap = "plain" if not COMPILED else "bf16" if x.dtype == torch.bfloat16 else "fp16", overlaps(x.device)
+    tensors = (x, state.words, state.scale, state.zero_point, bias, residual, out)
+    wide = max(x.numel(), out.numel(), state.words.numel()) >= 1 << 31
+    constants = (
+        group // tile.bk, kind, x.shape[1] % tile.bk == 0, bias is not None, residual is not None, end.activation, wide, tile.bm, tile.bn,
+        tile.bk, GROUP_M, overlap,
+    )  # fmt: skip
+    launch(
+        linear_kernel, (cdiv(m, tile.bm) * cdiv(n, tile.bn), 1, 1),
+        ("weight only", x.device.index, variant(*tensors, n, x.shape[1]), constants, tile),
+        (*tensors, m, n, x.shape[1], padded // tile.bk, groups, *constants),
+        {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "launch_pdl": overlap},
     )  # fmt: skip
     return out

@@ -16,8 +16,8 @@ from torch import Tensor
 from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.epilogue.triton import pick, store
 from qdm_kernels.exact import subtract_zero_point, value_range
-from qdm_kernels.gemm.tiles import GROUP_M, Plan, aligned, choose_plan
-from qdm_kernels.gemm.triton import COMPILED, kinds, multiply, plane_offsets, scalar_on, tile_of, unpack_high, unpack_low
+from qdm_kernels.gemm.tiles import GROUP_M, Plan, aligned, cdiv, choose_plan
+from qdm_kernels.gemm.triton import COMPILED, follow, kinds, multiply, overlaps, plane_offsets, scalar_on, tile_of, unpack_high, unpack_low
 from qdm_kernels.gemm.triton import launch as run
 from qdm_kernels.layout import pack_int4, padded_length
 
@@ -60,12 +60,14 @@ def linear_kernel(
     out_zero_ptr, out_ptr, M, N, K, BLOCKS, BLOCKS_PER_SPLIT,
     WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One [BM, BN] tile of the output or, with SPLIT, of the raw sums of one share of K.
 
     x [M, K] int8; w [N, BLOCKS * BK] int8, or half as many bytes in two K-planes; work [splits, M, N] int32; out [M, N].
     """
+    if OVERLAP:
+        follow()
     tile_m, tile_n = tile_of(M, N, BM, BN, GROUP_M)
     offs_m, offs_n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     m_ok, n_ok = offs_m < M, offs_n < N
@@ -118,12 +120,14 @@ def finish_kernel(
     work_ptr, centre_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr,
     out_ptr, M, N, WORK_N, SPLITS,
     WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, CENTRE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ACTIVATION: tl.constexpr, CENTRE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Adds the shares of K, in order, and finishes them: work [SPLITS, M, WORK_N] int32 -> out [M, N].
 
     CENTRE: column N of the sums is the product with ones, X; z_w[n] * (X - z_x K) leaves every column n.
     """
+    if OVERLAP:
+        follow()
     offs_m, offs_n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     m_ok = offs_m < M
     mask = m_ok[:, None] & (offs_n < N)[None, :]
@@ -214,11 +218,11 @@ def launch(
     else:
         _multiply(x, state.weight, work, pointers, flags, kind, plan)
     if split:
-        constants = (*flags, centre, 32, 64)
+        constants = (*flags, centre, 32, 64, overlaps(device))
         run(
-            finish_kernel, (triton.cdiv(m, 32), triton.cdiv(n, 64), 1),
+            finish_kernel, (cdiv(m, 32), cdiv(n, 64), 1),
             ("linear finish", device.index, constants, kind, n % 16 == 0, n == 1, f % 16 == 0, f == 1),
-            (work, state.centre, *pointers, m, n, f, splits, *constants), {"num_warps": 4, "enable_fp_fusion": False},
+            (work, state.centre, *pointers, m, n, f, splits, *constants), {"num_warps": 4, "launch_pdl": overlaps(device)},
         )  # fmt: skip
     return out
 
@@ -230,11 +234,11 @@ def _multiply(
     """Launch `linear_kernel`."""
     tile, splits, (m, k), (f, width) = plan.tile, plan.splits, x.shape, weight.shape
     bits = 4 if weight.dtype == torch.uint8 else 8
-    blocks = width * 8 // bits // tile.bk
-    constants = (*flags, bits, COMPILED, k % tile.bk == 0, tile.swap, work is not None, tile.bm, tile.bn, tile.bk, GROUP_M)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": False}
+    blocks, overlap = width * 8 // bits // tile.bk, overlaps(x.device)
+    constants = (*flags, bits, COMPILED, k % tile.bk == 0, tile.swap, work is not None, tile.bm, tile.bn, tile.bk, GROUP_M, overlap)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "launch_pdl": overlap}
     run(
-        linear_kernel, (triton.cdiv(m, tile.bm) * triton.cdiv(f, tile.bn), splits, 1),
+        linear_kernel, (cdiv(m, tile.bm) * cdiv(f, tile.bn), splits, 1),
         ("linear", x.device.index, constants, kind, tile, f % 16 == 0, f == 1, k % 16 == 0),
         (x, weight, work, *pointers, m, f, k, blocks, -(-blocks // splits), *constants), options,
     )  # fmt: skip

@@ -6,18 +6,22 @@ import triton.language as tl
 from torch import Tensor
 
 from qdm_kernels.epilogue.triton import pick, to_codes
+from qdm_kernels.gemm.tiles import cdiv
+from qdm_kernels.gemm.triton import follow, launch, overlaps, variant
 from qdm_kernels.quantize.reference import SMALLEST_ROW
 
 _BLOCK = 4096
 _LONGEST_BLOCK = 8192  # entries of a row held in registers at a time
 
 
-@triton.jit(do_not_specialize=["COUNT"])
+@triton.jit(do_not_specialize=["COUNT"], do_not_specialize_on_alignment=["scale_ptr", "zero_ptr", "step_ptr"])
 def quantize_kernel(
     x_ptr, scale_ptr, zero_ptr, step_ptr, out_ptr, COUNT,
-    TABLES: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    TABLES: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Entries in memory order -> codes of one scale. TABLES: which of scale 1, zero point 2 are indexed by the step."""
+    if OVERLAP:
+        follow()
     block = tl.program_id(0)
     at = (block.to(tl.int64) if WIDE else block) * BLOCK + tl.arange(0, BLOCK)
     inverse = tl.div_rn(1.0, pick(scale_ptr, step_ptr, TABLES & 1))
@@ -28,9 +32,12 @@ def quantize_kernel(
 
 @triton.jit
 def per_token_kernel(
-    x_ptr, scale_ptr, out_ptr, K, SMALLEST: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, scale_ptr, out_ptr, K, SMALLEST: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row [K] -> its scale max|x| / HIGH and its codes. The second reading of a row comes from the cache."""
+    if OVERLAP:
+        follow()
     row = tl.program_id(0).to(tl.int64) * K
     top = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, K, BLOCK):
@@ -64,9 +71,12 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tens
         return out
     tables = (step is not None and scale.numel() > 1) + 2 * (step is not None and zero_point.numel() > 1)
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
-    quantize_kernel[(triton.cdiv(count, _BLOCK),)](
-        x, scale.to(x.device, torch.float32).contiguous(), zero_point.to(x.device).contiguous(), step, out, count,
-        TABLES=tables, LOW=low, HIGH=high, WIDE=count >= 1 << 31, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=False,
+    scale, zero_point = scale.to(x.device, torch.float32).contiguous(), zero_point.to(x.device).contiguous()
+    constants = (tables, low, high, count >= 1 << 31, _BLOCK, overlaps(x.device))
+    launch(
+        quantize_kernel, (cdiv(count, _BLOCK), 1, 1),
+        ("quantize", x.device.index, variant(x), zero_point.dtype, None if step is None else step.dtype, constants),
+        (x, scale, zero_point, step, out, count, *constants), {"num_warps": 8, "launch_pdl": constants[-1]},
     )  # fmt: skip
     return out
 
@@ -78,8 +88,10 @@ def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     k = x.shape[-1]
     if x.numel():
         block = min(triton.next_power_of_2(k), _LONGEST_BLOCK)
-        per_token_kernel[(scale.numel(),)](
-            x, scale, out, k, SMALLEST=SMALLEST_ROW, LOW=-(1 << bits - 1), HIGH=(1 << bits - 1) - 1, BLOCK=block,
-            num_warps=4 if block <= 2048 else 8, enable_fp_fusion=False,
+        constants = (SMALLEST_ROW, -(1 << bits - 1), (1 << bits - 1) - 1, block, overlaps(x.device))
+        launch(
+            per_token_kernel, (scale.numel(), 1, 1), ("per token", x.device.index, variant(x, k), constants),
+            (x, scale, out, k, *constants),
+            {"num_warps": 4 if block <= 2048 else 8, "launch_pdl": constants[-1]},
         )  # fmt: skip
     return out, scale
