@@ -22,9 +22,8 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tens
     _check(x, zero_point, bits)
     if not torch.compiler.is_compiling():
         return _quantize(x, scale, zero_point, bits, step)
-    if x.device.type == "cpu":  # plain tensor code, which inductor fuses with what made x
-        return reference.quantize(x, reference.pick(scale, step), reference.pick(zero_point, step), bits)
-    return torch.ops.qdm.quantize(x, scale, zero_point, bits, step)
+    # plain tensor code, which inductor fuses with what made x: a pass over memory less
+    return reference.quantize(x, reference.pick(scale, step), reference.pick(zero_point, step), bits)
 
 
 @integer_op
@@ -37,9 +36,7 @@ def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     _check(x, None, bits)
     if x.shape[-1] == 0:
         raise ValueError(f"a row has at least one entry, got {tuple(x.shape)}")
-    if not torch.compiler.is_compiling():
-        return _quantize_per_token(x, bits)
-    return reference.quantize_per_token(x, bits) if x.device.type == "cpu" else torch.ops.qdm.quantize_per_token(x, bits)
+    return reference.quantize_per_token(x, bits) if torch.compiler.is_compiling() else _quantize_per_token(x, bits)
 
 
 @torch.library.custom_op("qdm::quantize", mutates_args=())

@@ -136,9 +136,10 @@ def choose(case: Case, mode: Mode) -> Choice:
 def _choose_on_gpu(case: Case, mode: Mode) -> Choice:
     """`exact` mode too stays in floating point where there is no kernel: the codes are the same, the sums are those of float hardware."""
     if found := _first(case, _ANYWHERE + _NO_CUDA_KERNEL):
-        if found.by_machine or not _unpacks(case) or case.spec.bits_a is not None:
-            return replace(found, expands=True)
-        return replace(found, kernel="weights")
+        if not found.by_machine and case.spec.bits_a is None and _unpacks(case):
+            return replace(found, kernel="weights")
+        # what is quantized for its memory alone stays small
+        return replace(found, expands=case.spec.bits_a is None or case.spec.group is not None)
     if mode == "exact":
         return Choice("integer")
     if case.rows <= 16 and _unpacks(case):

@@ -62,6 +62,7 @@ class PackedLayer(nn.Module):
         self.step = StepContext()
         self.mode: Mode = "exact"
         self.reuse: PerPrompt | SharedInput | None = None
+        self.turn = 0  # place among the layers that share an input
         self.few_rows = False  # at most one row per image
         self.compute_dtype: torch.dtype | None = None  # of the denoiser's activations; None = not known
         self._forget_()

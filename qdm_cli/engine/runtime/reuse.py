@@ -88,11 +88,18 @@ class SharedInput:
         self._kept = Kept()
         self._waiting: set[int] = set()
         self._prepared: Any = _NOT_YET
+        self._traced: tuple[Tensor, Tensor] | None = None  # (input, product) between first and last layer of a graph being compiled
+        self._columns: list[int] = []
+        for layer in layers:
+            self._columns.append(layer.spec.outputs)
+            layer.turn = len(self._columns) - 1
 
     def output(self, layer: PackedLinear, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """Columns of `layer` in the common product."""
         # a graph under capture records the product and all its readers: nothing is kept from one replay to the next
-        if torch.compiler.is_compiling() or x.is_inference():
+        if torch.compiler.is_compiling():
+            return self._trace(layer, x, compute)
+        if x.is_inference():
             return compute(x)
         layers = self.layers()
         index = layers.index(layer) if len(layers) == len(self._layers) else -1
@@ -109,9 +116,20 @@ class SharedInput:
         self._waiting.discard(index)
         if not self._waiting:
             self._kept.clear()
-        sizes = [other.spec.outputs for other in layers]
-        columns = found.split(sizes, -1)[index]
+        columns = found.split(self._columns, -1)[index]
         return columns.to(x.dtype) if x.is_floating_point() else columns
+
+    def _trace(self, layer: PackedLinear, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """As `output`, in terms that dynamo follows; it ends as it began, so that nothing of it stays in the graph."""
+        if layer.turn == 0 and self._prepared is not _NOT_YET and self._prepared is not None and gpu.is_gpu(x.device):
+            common = layer.product_together(x, self._prepared)
+            self._traced = None if common is None else (x, common)
+        traced = self._traced
+        if traced is None or traced[0] is not x:
+            return compute(x)
+        if layer.turn == len(self._columns) - 1:
+            self._traced = None
+        return traced[1].split(self._columns, -1)[layer.turn]
 
     def layers(self) -> list[PackedLinear]:
         """Those that are still there."""

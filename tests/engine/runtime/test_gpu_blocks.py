@@ -16,8 +16,10 @@ from qdm_cli.engine.models.tiny import tiny_denoiser
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
 from qdm_cli.engine.runtime import choice, gpu, gpu_fused
 from qdm_cli.engine.runtime.choice import Machine
+from qdm_cli.engine.runtime.gpu import prepare_integers
 from qdm_cli.engine.runtime.gpu_blocks import GPU_BLOCKS, fuse_gpu_blocks_
-from qdm_cli.engine.runtime.modules import pack_denoiser_
+from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_
+from qdm_cli.engine.runtime.reuse import SharedInput
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +101,42 @@ def test_copies_and_other_modes_keep_working(make_state) -> None:
     twin: nn.Module = copy.deepcopy(model)
     assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
     assert {name for name, _ in twin.named_buffers()} == {name for name, _ in model.named_buffers()}
+
+
+@torch.no_grad()
+def test_compiled_queries_keys_and_values_are_one_product(make_state) -> None:
+    model = tiny_denoiser("dit").eval().requires_grad_(False)
+    state = make_state(model, symmetric=True, bits_w=8)
+    _one_range_per_reader(state)
+    pack_denoiser_(model, state, "auto")
+    prepared = model.transformer_blocks[0].attn1.to_q.reuse.joint()
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLayer) and layer.choice(torch.zeros(1)).kernel == "integer"]
+    shared = sum(isinstance(layer.reuse, SharedInput) for layer in layers)
+    if prepared is None:  # the CPU's operand stands in for the GPU's
+        for layer in layers:
+            if isinstance(layer.reuse, SharedInput):
+                layer.reuse._prepared = prepare_integers(layer, *_rows(layer.reuse.layers()))
+    torch.manual_seed(0)
+    call = example_inputs(model, CallShape(2, 2, (8, 8)), "cpu") | {"timestep": torch.full((2,), 390.0), "return_dict": False}
+    widths: list[int] = []
+
+    def note(graph: torch.fx.GraphModule, example: Any) -> Any:
+        products = [node for node in graph.graph.nodes if "linear_w8a8" in str(node.target)]
+        widths.extend(node.args[3].meta["example_value"].numel() for node in products)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=note, fullgraph=True)
+    got = [compiled(**call)[0] for _ in range(2)]
+    # DiT embeds the timestep a second time for its last norm: two layers more
+    assert len(widths) == len(layers) - shared * 2 // 3 + 2
+    assert widths.count(3 * 64) == shared // 3
+    assert torch.equal(got[0], got[1])
+    fuse_gpu_blocks_(model, enabled=False)
+    want = model(**call)[0]
+    assert float((got[0] - want).norm() / want.norm()) < 2e-2
+
+
+def _rows(layers: list[Any]) -> tuple[Any, ...]:
+    parts = zip(*(layer.stored_parts() for layer in layers), strict=True)
+    return tuple(None if part[0] is None else torch.cat(part) for part in parts)
