@@ -42,6 +42,8 @@ class RuleConfig(Spec):
     """Cache a sampler of 8 or fewer steps all the same."""
     store: Literal["compute", "int8"] = "compute"
     """Type of the kept tensor: the model's, or int8 codes with one scale per sample and channel."""
+    ranges: Literal["kept", "remeasured"] = "kept"
+    """Static activation ranges of quantized layers: as they are, or measured again along the cached trajectory."""
     verify: CacheVerify | None = CacheVerify()
     """Measure the schedule on held-out samples; null = do not."""
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from qdm_cli.engine.caching.config import FEW_STEPS, BlockRange, DpConfig, RuleC
 from qdm_cli.engine.caching.drive import Loop
 from qdm_cli.engine.caching.latency import Latency, measure
 from qdm_cli.engine.caching.planner import Subject, planned, problem_of, ruled
+from qdm_cli.engine.caching.ranges import remeasured
 from qdm_cli.engine.caching.runtime import candidate_cuts, find_cut
 from qdm_cli.engine.caching.schedule import (
     CORRECTIONS_FILE,
@@ -40,17 +42,19 @@ from qdm_cli.engine.diffusion.prompts import prompts_for
 from qdm_cli.engine.errors import GateFailed, InputError
 from qdm_cli.engine.models import LoadedPipeline, load_pipeline
 from qdm_cli.engine.quant.scale_set import SCALES_FILE
-from qdm_cli.engine.quant.state import STATE_FILE, read_state
+from qdm_cli.engine.quant.state import STATE_FILE, read_state, write_state
 from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime.choice import default_mode
 from qdm_cli.engine.runtime.modules import pack_denoiser_
-from qdm_cli.engine.stages._judge import Models, of_quality, verified
+from qdm_cli.engine.stages._judge import Models, Tables, of_quality, verified
 
 if TYPE_CHECKING:
     from qdm_cli.engine.artifact import Artifact
     from qdm_cli.engine.context import RunContext
 
 CACHE_DIT_FILE = "cache-dit.json"
+RANGE_SAMPLES = 8
+"""Trajectories that activation ranges are measured on again."""
 PROFILE_START = 3_000_000
 """Index of the first profiled sample: its noise is that of no calibration, training, held-out or evaluated sample."""
 
@@ -85,11 +89,14 @@ def cache(spec: RuleConfig, source: Artifact | None, ctx: RunContext) -> StageRe
     metrics: dict[str, Any] = {"calls": sampler.calls, "full_calls": len(schedule.refreshes)}
     if schedule.predicted is not None:
         metrics["speedup"] = schedule.predicted.speedup
+    tables = None if schedule.corrections is None else read_tensors(ctx.payload / schedule.corrections.file)[0]
+    copy_state(source, ctx)
+    if spec.ranges == "remeasured" and models.quantized:
+        models = with_ranges(models, schedule, tables, ctx)
     if spec.verify is not None:
-        tables = None if schedule.corrections is None else read_tensors(ctx.payload / schedule.corrections.file)[0]
         schedule, found = verified(schedule, spec.verify, models, subject.cuts, latency, ctx, corrections=tables)
         metrics |= found
-    write_files(schedule, latency, source, ctx)
+    write_files(schedule, latency, ctx)
     return StageResult(
         layers=source.manifest.layers if source is not None else [],
         sampler=ctx.recipe.sampler.model_dump(mode="json"),
@@ -111,7 +118,11 @@ def load(source: Artifact | None, ctx: RunContext) -> Models:
     loop = Loop(base, ctx.recipe.sampler, prompts=_prompts("builtin:captions-128"), seed=ctx.recipe.seed)
     if source is None or not (source.folder / STATE_FILE).is_file():
         return Models(loop, loop)
-    own, state = _pipeline(ctx), read_state(source.folder)
+    return Models(replace(loop, loaded=_packed(source.folder, ctx)), loop)
+
+
+def _packed(folder: Path, ctx: RunContext) -> LoadedPipeline:
+    own, state = _pipeline(ctx), read_state(folder)
     try:
         pack_denoiser_(own.denoiser, state, default_mode())
     except InputError as error:
@@ -119,7 +130,7 @@ def load(source: Artifact | None, ctx: RunContext) -> Models:
         own = _pipeline(ctx)
         apply_state_(own.denoiser, state)
     own.pipeline.to(ctx.device)
-    return Models(replace(loop, loaded=own), loop)
+    return own
 
 
 def _pipeline(ctx: RunContext) -> LoadedPipeline:
@@ -295,13 +306,31 @@ def write_plots(errors: np.ndarray, schedule: Schedule, subject: Subject, uncach
     (ctx.payload / "pareto.png").write_bytes(plots.pareto_chart(schedule, uncached_ms))
 
 
-def write_files(schedule: Schedule, latency: Latency, source: Artifact | None, ctx: RunContext) -> None:
-    """The schedule, its strip, the measured latencies, and the quantized state that it goes with."""
+def write_files(schedule: Schedule, latency: Latency, ctx: RunContext) -> None:
+    """The schedule, its strip, and the measured latencies."""
     write_schedule(ctx.payload, schedule)
     write_json(ctx.payload / "latency.json", asdict(latency))
     (ctx.payload / "schedule.png").write_bytes(plots.strip(schedule))
     if all(cut.kind == "block_residual" for cut in schedule.cuts):  # cache-dit has no form for U-Nets
         write_json(ctx.payload / CACHE_DIT_FILE, emit.cache_dit(schedule))
+
+
+def copy_state(source: Artifact | None, ctx: RunContext) -> None:
+    """The quantized state and the personalisation that the schedule goes with."""
     for name in (STATE_FILE, SCALES_FILE):
         if source is not None and (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, ctx.payload / name)
+
+
+def with_ranges(models: Models, schedule: Schedule, tables: Tables | None, ctx: RunContext) -> Models:
+    """The models after the copied state was given the activation ranges of the cached trajectory."""
+    state = remeasured(
+        read_state(ctx.payload),
+        models.base,
+        schedule,
+        starts=[(PROFILE_START, RANGE_SAMPLES)],
+        corrections=tables,
+        progress=lambda done, total: ctx.events.progress("ranges along the cached trajectory", done, total),
+    )
+    write_state(ctx.payload, state)
+    return replace(models, own=replace(models.own, loaded=_packed(ctx.payload, ctx)))

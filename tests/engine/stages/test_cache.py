@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from qdm_cli.engine.artifact import Artifact, Manifest, hash_file
@@ -15,14 +17,15 @@ from qdm_cli.engine.caching.schedule import Schedule, read_schedule
 from qdm_cli.engine.context import RunContext, StageResult
 from qdm_cli.engine.errors import GateFailed, InputError
 from qdm_cli.engine.models import load_pipeline
-from qdm_cli.engine.quant.state import STATE_FILE, write_state
+from qdm_cli.engine.quant.calibration import RangeRule
+from qdm_cli.engine.quant.state import STATE_FILE, read_state, write_state
 from qdm_cli.engine.recipe.schema import Recipe
 from qdm_cli.engine.stages import cache as stage
 
 MANIFEST = Manifest(schema=1, kind="calibrated", stage="calibrate", key="k", digest="d", files={}, layers=[{"name": "conv_in"}])
 STEPS = 10
 PLAIN: dict[str, Any] = {"verify": None}
-SMALL = {"data": {"samples": 1, "batch": 1}, "rollouts": 2, "max_interval": 4, "cuts": [1, 2]}
+SMALL = {"data": {"samples": 1, "batch": 1}, "rollouts": 2, "max_interval": 3, "cuts": [1, 2]}
 FEW = {"samples": 1, "batch": 1, "baseline": "none"}
 
 
@@ -172,7 +175,7 @@ class TestPlanning:
         bench = Bench(tmp_path, {"method": "dp", "budget": {"speedup": 1.4}, **PLAIN, **SMALL, **section})
         bench.run()
         assert bench.schedule.predicted is not None
-        assert max(b - a for a, b in zip(bench.schedule.refreshes, [*bench.schedule.refreshes[1:], STEPS], strict=True)) <= 4
+        assert max(b - a for a, b in zip(bench.schedule.refreshes, [*bench.schedule.refreshes[1:], STEPS], strict=True)) <= 3
 
     def test_corrections_lie_beside_the_schedule(self, tmp_path: Path) -> None:
         bench = Bench(tmp_path, {"method": "dp", "correction": "dec", **PLAIN, **SMALL})
@@ -185,6 +188,29 @@ class TestPlanning:
         Bench(tmp_path, section).run()
         monkeypatch.setattr("qdm_cli.engine.caching.drive.Loop.run", lambda *_: pytest.fail("measured again"))
         Bench(tmp_path, section).run()
+
+
+@pytest.mark.usefixtures("fixed_latency")
+def test_ranges_are_measured_again_along_the_cached_trajectory(tmp_path: Path, make_state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of steps that run a layer get its largest input there; rows of partial calls keep those of layers that they leave out."""
+    monkeypatch.setattr(stage, "remeasured", partial(stage.remeasured, rule=RangeRule("max")))
+    monkeypatch.setattr(stage, "RANGE_SAMPLES", 1)
+    bench = Bench(tmp_path, {"method": "uniform", "interval": 5, "ranges": "remeasured", **PLAIN})
+    loaded = load_pipeline(bench.recipe.model, bench.recipe.sampler)
+    loaded.pipeline.scheduler.set_timesteps(STEPS)
+    times = [float(t) for t in loaded.pipeline.scheduler.timesteps]
+    before = make_state(loaded.denoiser, keys=times, bits_w=8, timestep_aware=True, act_symmetric=True)
+    source = Artifact(tmp_path / "source", MANIFEST)
+    source.folder.mkdir()
+    write_state(source.folder, before)
+    bench.run(source)
+    after = read_state(bench.ctx.payload)
+    inner = next(name for name in after.layers if name.startswith("mid_block") and after.layers[name].decision.timestep_aware)
+    outer = "up_blocks.1.resnets.1.conv1"
+    same = {name: after.layers[name].act_scale == before.layers[name].act_scale for name in (inner, outer)}
+    assert [row for row, kept in enumerate(same[inner].tolist()) if not kept] == [0, 5]
+    assert not same[outer].any()
+    assert torch.equal(after.layers[inner].codes, before.layers[inner].codes)
 
 
 def test_latency_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
