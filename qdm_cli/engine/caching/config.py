@@ -148,6 +148,8 @@ class DpConfig(RuleConfig):
     sum among schedules with the smallest largest."""
     mixed: bool = True
     """Segments may reuse different cuts."""
+    predict: Literal["reuse", "linear"] = "reuse"
+    """linear: extrapolate the reused tensor from the last two full calls, at the steps where that is measured to be nearer."""
     correction: Literal["dec", "none"] = "none"
     """dec: per step and channel, scale and shift reused tensors as least squares say (CacheQuant's DEC)."""
     latency_batch: int = Field(1, ge=1)

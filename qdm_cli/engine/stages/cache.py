@@ -18,7 +18,7 @@ from torch import nn
 
 from qdm_cli import __version__
 from qdm_cli.engine.artifact import hash_file, write_json
-from qdm_cli.engine.caching import dp, emit, plots, profile
+from qdm_cli.engine.caching import dp, emit, forecast, plots, profile
 from qdm_cli.engine.caching.config import FEW_STEPS, BlockRange, DpConfig, RuleConfig
 from qdm_cli.engine.caching.drive import Loop
 from qdm_cli.engine.caching.latency import Latency, measure
@@ -227,6 +227,8 @@ def plan(spec: DpConfig, models: Models, subject: Subject, latency: Latency, ctx
         schedule = planned(found, curve, spec, subject, latency)
     else:
         schedule = of_quality(spec, models, subject, curve, latency, ctx)
+    if spec.predict == "linear":
+        schedule = extrapolated(spec, models, schedule, ctx)
     write_plots(errors, schedule, subject, uncached, ctx)
     provenance = schedule.provenance.model_copy(update={"profile_sha256": hash_file(ctx.payload / profile.PROFILE_FILE)})
     schedule = schedule.model_copy(update={"provenance": provenance})
@@ -280,6 +282,17 @@ def weighed(spec: DpConfig, loop: Loop, subject: Subject, ctx: RunContext) -> np
         )
         write_json(path, found.tolist())
     return np.asarray(json.loads(path.read_text(encoding="utf-8")))
+
+
+def extrapolated(spec: DpConfig, models: Models, schedule: Schedule, ctx: RunContext) -> Schedule:
+    """The schedule with linear extrapolation where it is measured to be nearer than plain reuse."""
+    loop = replace(models.own, prompts=_prompts(spec.data.prompts))
+    reference = models.base.loaded.denoiser if models.quantized else None
+    errors = forecast.extrapolation_errors(loop, reference, schedule, batches_of(spec))
+    found = forecast.with_orders(schedule, errors)
+    allowed = sum(action.order for action in found.actions)
+    ctx.events.log(f"linear extrapolation is nearer at {allowed} of the {len(errors)} partial calls that could use it")
+    return found
 
 
 def corrected(spec: DpConfig, loop: Loop, schedule: Schedule, ctx: RunContext) -> Schedule:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from qdm_cli.engine.caching import profile
+from qdm_cli.engine.caching import forecast, profile
 from qdm_cli.engine.caching.drive import Loop, Taps, driven, last_latents, relative_error
 from qdm_cli.engine.caching.latency import Latency, call_arguments, measure
 from qdm_cli.engine.caching.runtime import SplitDenoiser, candidate_cuts
-from qdm_cli.engine.caching.schedule import SamplerRef
+from qdm_cli.engine.caching.schedule import ModelRef, SamplerRef, schedule_from_refreshes
 from qdm_cli.engine.caching.trace import log_snr, trace_sampler
 from qdm_cli.engine.diffusion.sampling import generate
 from qdm_cli.engine.models import load_pipeline
@@ -265,3 +265,34 @@ def test_latency_covers_every_cut_and_both_guidance_calls(loop: Loop) -> None:
     assert isinstance(found, Latency)
     args, kwargs = call_arguments(replace(loop, passes=1), 3, 2)
     assert next(value for value in (*args, *kwargs.values()) if getattr(value, "ndim", 0) == 4).shape[0] == 3
+
+
+class TestExtrapolation:
+    def test_it_is_chosen_where_the_tensor_moves_on_a_line(self, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Tensors grow by one per call: the line is exact. With alternating noise on them plain reuse is nearer."""
+        cut = candidate_cuts(loop.loaded.denoiser)[0]
+        sampler, _ = trace_sampler(loop.loaded, loop.sampler)
+        schedule = schedule_from_refreshes((0, 1, 2), cuts=[cut], model=ModelRef(class_="M", config_sha256=""), sampler=sampler)
+        for noise, order in ((0.0, 1), (5.0, 0)):
+            count = iter(range(STEPS))
+
+            def full(self: Taps, args: Any, kwargs: Any, noise: float = noise, count: Any = count) -> Any:
+                call = next(count)
+                return args[0] * 0 + 10 + call, {cut.id: torch.full_like(args[0], 10 + call + noise * (-1) ** call)}
+
+            monkeypatch.setattr(Taps, "full", full)
+            monkeypatch.setattr(Taps, "partial", lambda self, cut, feature, args, kwargs: feature)
+            monkeypatch.setattr(Loop, "run", hand_driven)
+            errors = forecast.extrapolation_errors(loop, None, schedule, [(0, 2)])
+            assert sorted(errors) == [3, 4]
+            if not noise:
+                assert max(line for _, line in errors.values()) < 1e-6 < min(plain for plain, _ in errors.values())
+            orders = [action.order for action in forecast.with_orders(schedule, errors).actions]
+            assert orders == [0, 0, 0, order, order]
+
+
+def hand_driven(self: Loop, start: int, count: int, answer: Any) -> torch.Tensor:
+    """Stands for `Loop.run`: calls without a sampler."""
+    for call in range(STEPS):
+        answer(call, 0, (torch.ones(count, 3, 4, 4),), {})
+    return torch.zeros(count)

@@ -166,7 +166,7 @@ class TestPlanning:
     @pytest.mark.parametrize(
         "section",
         [
-            {"drift": "feature", "sensitivity": "analytic", "objective": "minimax"},
+            {"drift": "feature", "sensitivity": "analytic", "objective": "minimax", "predict": "linear"},
             {"sensitivity": "none", "mixed": False, "objective": "lexicographic"},
         ],
         ids=["feature", "one cut"],
