@@ -23,6 +23,7 @@ from qdm_kernels.quantize import triton as quantize
 
 ONE, ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int32)
 STEP = torch.zeros(1, dtype=torch.int32)
+GENERAL = mock.patch.object(tiles, "why_not_tma", lambda capability: "only the general kernels")  # test_sass_hopper.py has the others
 
 
 def linear_launches(rows: list[int], n: int, k: int, *, bits: int = 8, zero: int = 0, capability: int = 90, **end: Any) -> list[Launch]:
@@ -32,7 +33,7 @@ def linear_launches(rows: list[int], n: int, k: int, *, bits: int = 8, zero: int
     state = linear.prepare(codes, torch.full((n,), zero, dtype=torch.int32), bits)
     options = Epilogue(step=STEP, **({"out_dtype": torch.bfloat16} | end))
     gpu = mock.patch.object(tiles, "processors", lambda device: (capability, 108))
-    with gpu, recorded(capability, linear.linear_kernel, linear.finish_kernel) as launches:
+    with gpu, GENERAL, recorded(capability, linear.linear_kernel, linear.finish_kernel) as launches:
         for m in rows:
             linear.linear(torch.zeros((m, k), dtype=torch.int8), table, ZERO, torch.ones(n), torch.ones(n), state, options)
     return launches
@@ -80,7 +81,7 @@ def test_older_tensor_cores(capability: int) -> None:
 def test_an_input_off_its_boundary_is_copied() -> None:
     state = linear.prepare(torch.ones((64, 64), dtype=torch.int8), torch.zeros(64, dtype=torch.int32))
     x = torch.zeros(64 * 64 + 1, dtype=torch.int8)[1:].view(64, 64)
-    with recorded(90, linear.linear_kernel, linear.finish_kernel) as launches:
+    with GENERAL, recorded(90, linear.linear_kernel, linear.finish_kernel) as launches:
         linear.accumulate(x, ZERO, state)
     launches[0].code.check(dot="int")
 

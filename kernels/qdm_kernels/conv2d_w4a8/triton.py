@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from qdm_kernels.conv2d_w8a8.triton import Conv2dGeometry, State, accumulate, conv2d, why_not
+from qdm_kernels.conv2d_w8a8.triton import Conv2dGeometry, State, accumulate, conv2d, launch, why_not
 from qdm_kernels.conv2d_w8a8.triton import prepare as _prepare
 
-__all__ = ["Conv2dGeometry", "State", "accumulate", "conv2d", "prepare", "why_not"]
+__all__ = ["Conv2dGeometry", "State", "accumulate", "conv2d", "launch", "prepare", "why_not"]
 
 
 def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> State:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qdm_kernels.gemm.tiles import GROUP_M, Plan, Tile, bucket, measured, processors, user_file
+from qdm_kernels.gemm.tiles import GROUP_M, TMA_TILES, Plan, Tile, bucket, measured, processors, user_file, why_not_tma
 
 __all__ = ["GROUP_M", "TILES", "choose_conv_plan", "fits_conv"]
 
@@ -38,7 +38,7 @@ def _plan(op: str, m: int, n: int, taps: int, channels: int, capability: int, co
     found = measured(op, m, n, taps * channels, capability, file)
     if found is not None and fits_conv(found.tile, channels) and (dense or not found.tile.tma):
         return found
-    tile = choose_tile(m, n, channels, count, capability)
+    tile = choose_tile(m, n, channels, count, capability, tma=dense and why_not_tma(capability) is None)
     return Plan(tile, choose_splits(m, n, taps * channels // tile.bk, tile, count))
 
 
@@ -47,18 +47,18 @@ def fits_conv(tile: Tile, channels: int) -> bool:
     return channels % tile.bk == 0
 
 
-def choose_tile(m: int, n: int, channels: int, count: int, capability: int) -> Tile:
-    """Tile without measurements for a GPU of `count` multiprocessors; capability: 90 = 9.0.
+def choose_tile(m: int, n: int, channels: int, count: int, capability: int, *, tma: bool = False) -> Tile:
+    """Tile without measurements for a GPU of `count` multiprocessors; capability: 90 = 9.0; tma: by the copy engine.
 
-    128 filters where they divide n or waste little of it (192, 320, 576 and 960 do not), 64 pixels where 128 leave processors idle.
+    128 filters where they waste at most a fifth (192 is the one common width where they do not), 64 pixels where 128 leave processors idle.
     """
-    bn = 128 if n % 128 == 0 or n > 1024 else 64
+    bn = 128 if _count(n, 128) * 128 <= 1.2 * n else 64
     bk = 128 if channels % 128 == 0 and capability >= 90 else 64
     bm = 128
     if _count(m, 128) * _count(n, bn) < count:
         bn = 64
         bm = 128 if _count(m, 128) * _count(n, 64) >= count else 64
-    return next(t for t in TILES if (t.bm, t.bn, t.bk) == (bm, bn, bk))
+    return next(t for t in (TMA_TILES if tma else TILES) if (t.bm, t.bn, t.bk) == (bm, bn, bk))
 
 
 def choose_splits(m: int, n: int, blocks: int, tile: Tile, count: int) -> int:

@@ -21,11 +21,12 @@ _SHARE_INPUTS = 512  # least inputs of one split: shorter loops do not fill the 
 _SPLITS = (1, 2, 4, 8)
 _LATENCY_INPUTS = 256  # inputs whose time filling and draining a tile's pipeline takes
 _OPS_PER_BYTE = 1979e12 / 3.0e12  # H100: operations at its peak in the time that one byte of device memory takes
-_SHARES = {  # of the peak that full grids of a tile were measured to reach on an H100 (4608 x 12288 x 3072, 8-bit weights)
+_SHARES = {  # of the peak that full grids of a tile were measured to reach on an H100 or H200 (4608 x 12288 x 3072, 8-bit weights)
     (128, 128, 128): 0.55, (256, 128, 128): 0.50, (128, 256, 128): 0.49, (128, 128, 64): 0.49, (64, 128, 128): 0.41, (128, 64, 128): 0.39,
     (64, 256, 128): 0.37, (128, 64, 64): 0.33, (64, 128, 64): 0.33, (64, 64, 128): 0.31,
 }  # fmt: skip
 _LEAST_SHARE = 0.27
+_SECOND_KERNEL = 3e-6 * 1979e12 / 132  # operations of one multiprocessor in the time that adding the shares takes at least
 _ALONE = 1.4  # time of a program that shares its multiprocessor with no other, whose loads nothing hides
 
 
@@ -82,7 +83,7 @@ TILES = (
 )
 
 
-# What only a measurement may choose. With the copy engine four multiplying warps leave room for a second program, eight do not.
+# Where the copy engine runs (`why_not_tma`). Four multiplying warps leave room for a second program, eight do not.
 TMA_TILES = (
     Tile(128, 128, 128, 4, 3, 128, since=90, tma=True),
     Tile(128, 128, 64, 4, 6, 128, since=90, tma=True),
@@ -119,9 +120,14 @@ def _plan(op: str, m: int, n: int, k: int, capability: int, count: int, file: Pa
 
 
 def modelled(m: int, n: int, k: int, capability: int, count: int) -> Plan:
-    """Plan of least modelled time on `count` multiprocessors: waves of tiles against bytes moved. Of equals, the first in TILES."""
-    plans = (Plan(tile, splits) for tile in _fitting(m, k, capability) for splits in _SPLITS if splits == 1 or k // splits >= _SHARE_INPUTS)
+    """Plan of least modelled time on `count` multiprocessors: waves of tiles against bytes moved. Of equals, the first."""
+    plans = (Plan(tile, splits) for tile in _fitting(m, k, capability) for splits in _SPLITS if _may_split(tile, splits, m, n, k, count))
     return min(plans, key=lambda plan: _time(plan, m, n, k, count))
+
+
+def _may_split(tile: Tile, splits: int, m: int, n: int, k: int, count: int) -> bool:
+    """Splits are for grids that leave multiprocessors idle, with enough inputs each."""
+    return splits == 1 or (cdiv(m, tile.bm) * cdiv(n, tile.bn) < count and k // splits >= _SHARE_INPUTS)
 
 
 def runs(tile: Tile, capability: int) -> bool:
@@ -145,7 +151,8 @@ def why_not_tma(capability: int) -> str | None:
 
 def _fitting(m: int, k: int, capability: int) -> list[Tile]:
     limit = SHARED_BYTES.get(capability, _SMALLEST_SHARED)
-    tiles = [tile for tile in TILES if k % tile.bk == 0 and tile.since <= capability and tile.shared_bytes <= limit]
+    shapes = (*TMA_TILES, *(t for t in TILES if t.swap)) if why_not_tma(capability) is None else TILES
+    tiles = [tile for tile in shapes if k % tile.bk == 0 and tile.since <= capability and tile.shared_bytes <= limit]
     return [tile for tile in tiles if (tile.bm == m if tile.swap else m > 32)]
 
 
@@ -156,7 +163,7 @@ def _time(plan: Plan, m: int, n: int, k: int, count: int) -> float:
     per_input = 2 * tile.bm * tile.bn / _SHARES.get((tile.bm, tile.bn, tile.bk), _LEAST_SHARE)
     work = -(-programs // count) * per_input * (k / splits + _LATENCY_INPUTS) * (_ALONE if programs <= count else 1.0)
     traffic = m * k + n * k + 2 * m * n + (8 * m * n * splits if splits > 1 else 0)
-    return max(work, traffic * _OPS_PER_BYTE / count)
+    return max(work, traffic * _OPS_PER_BYTE / count) + (_SECOND_KERNEL if splits > 1 else 0)
 
 
 @cache
@@ -207,14 +214,15 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+# Few rows: so many stages that all of a short K is under way at once; such a layer only reads its weights.
 WEIGHT_ONLY_TILES = (
     Tile(128, 128, 64, 8, 3),
     Tile(64, 128, 128, 8, 3),
     Tile(64, 128, 64, 8, 4),
-    Tile(32, 64, 128, 4, 3),
-    Tile(32, 64, 64, 4, 4),
-    Tile(16, 64, 128, 4, 4),
-    Tile(16, 64, 64, 4, 5),
+    Tile(32, 64, 128, 4, 6),
+    Tile(32, 64, 64, 4, 8),
+    Tile(16, 64, 128, 4, 8),
+    Tile(16, 64, 64, 4, 10),
 )
 
 

@@ -204,7 +204,10 @@ def microseconds(graphs: dict[Any, torch.cuda.CUDAGraph], rounds: int, calls: in
 
 
 def tune(problem: Problem, device: torch.device) -> dict[str, Any]:
-    """The best right plan of a problem as an entry of the file, with its time, the baseline's, and every candidate's time or fault."""
+    """The best right plan of a problem as an entry of the file, with its time, the baseline's, and every candidate's time or fault.
+
+    entry: None = no candidate is right.
+    """
     layer = Layer(problem, device)
     want, faults = layer.truth(), {}
     graphs: dict[Any, torch.cuda.CUDAGraph] = {}
@@ -216,6 +219,8 @@ def tune(problem: Problem, device: torch.device) -> dict[str, Any]:
     graphs["baseline"] = replayed(layer.baseline)
     times = microseconds(graphs, 2)
     best = sorted((plan for plan in times if plan != "baseline"), key=times.__getitem__)[:_FINALISTS]
+    if not best:
+        return {"entry": None, "problem": str(problem), "faults": faults}
     times |= microseconds({key: graphs[key] for key in [*best, "baseline"]}, 12)
     plan = min(best, key=times.__getitem__)
     values = {"us": round(times[plan], 2), "bf16_us": round(times["baseline"], 2), "ratio": round(times["baseline"] / times[plan], 3)}
@@ -314,8 +319,9 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     with torch.no_grad():
         for result in tuned(SHAPES[: given.first], device, given.seconds, given.workers):
-            entries.append(result["entry"])
             report(result, time.monotonic() - started)
+            if result["entry"] is not None:
+                entries.append(result["entry"])
             if given.log:
                 with given.log.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(result) + "\n")
@@ -323,15 +329,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def report(result: dict[str, Any], seconds: float) -> None:
-    """One line of a result, and its faults."""
+    """One line of a result, after its faults."""
+    for name, fault in result["faults"].items():
+        print(f"    {name}: {fault}", file=sys.stderr, flush=True)
     e = result["entry"]
+    if e is None:
+        print(f"{result['problem']}: no candidate is right", flush=True)
+        return
     tops = 2 * result["rows"] * e["n"] * e["k"] / e["us"] / 1e6
     plan = Plan(Tile(**e["tile"]), e["splits"])
     size = f"{e['op']:12} {result['rows']:5} {e['n']:5} {e['k']:5}"
     times = f"{e['us']:8.2f} us {tops:6.0f} TOPS {e['ratio']:5.2f}x of bf16 {e['bf16_us']:8.2f}"
     print(f"{size} {times}  {label(plan):24} at {seconds:.0f} s", flush=True)
-    for name, fault in result["faults"].items():
-        print(f"    {name}: {fault}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
