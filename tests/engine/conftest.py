@@ -88,7 +88,7 @@ def make_state() -> Callable[..., Any]:
                 skipped.append(LayerDecision(name, kind, tuple(module.weight.shape), "other", skipped_why="kept by the test"))
             else:
                 edge = {"bits_w": 8, "timestep_aware": False} if name in ("conv_in", "conv_out") else {}
-                half = {"split": splits[name]} if name in splits else {}
+                half = {"split": splits[name], "pre_scale": False} if name in splits else {}
                 layers[name] = _layer_state(name, module, len(keys), rng, **policy | edge | half)
         return QuantState(layers, tuple(skipped), torch.tensor(keys, dtype=torch.float64), row_mode)
 

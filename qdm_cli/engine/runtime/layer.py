@@ -62,10 +62,11 @@ class LayerSpec:
         """The two layers that a split one is the sum of; the second has the bias.
 
         Raises:
-            ValueError: not split, or grouped.
+            ValueError: not split, grouped, or with factors of its input channels.
         """
-        if self.split is None or not 0 < self.split < self.inputs or self.groups != 1:
-            raise ValueError(f"{self.inputs} inputs in {self.groups} groups cannot be split at {self.split}")
+        if self.split is None or not 0 < self.split < self.inputs or self.groups != 1 or self.pre_scale:
+            factors = " and with factors of their own" if self.pre_scale else ""
+            raise ValueError(f"{self.inputs} inputs in {self.groups} groups{factors} cannot be split at {self.split}")
         return (
             replace(self, inputs=self.split, split=None, bias=False),
             replace(self, inputs=self.inputs - self.split, split=None),

@@ -74,14 +74,16 @@ def test_an_export_is_checked_in_a_fresh_process_and_equals_the_simulation(bench
     assert not any(path.suffix == ".bin" for path in bench.out.rglob("*"))
 
 
-def test_split_shortcuts_are_two_packed_halves(tmp_path: Path, make_state) -> None:
-    bench = Bench(tmp_path, make_state, skip="attn", split=True)
+def test_split_shortcuts_are_two_packed_halves_and_other_layers_keep_their_factors(tmp_path: Path, make_state) -> None:
+    bench = Bench(tmp_path, make_state, skip="attn", split=True, pre_scale=True)
     result = bench.export(component_only=True)
     assert result.metrics["selfcheck_rel_rms"] <= 1e-5
     modules = json.loads((bench.out / "config.json").read_text())["quantization_config"]["modules"]
     splits = {name: fields["split"] for name, fields in modules.items() if "split" in fields}
     assert splits and splits == {name: layer.decision.split for name, layer in bench.state.layers.items() if layer.decision.split}
     tensors = load_file(bench.out / "diffusion_pytorch_model.safetensors")
+    for name in modules.keys() - splits.keys():
+        assert modules[name]["pre_scale"] and torch.equal(tensors[f"{name}.pre_scale"], bench.state.layers[name].pre_scale)
     rows = {row["name"]: row for row in result.layers}
     for name, split in splits.items():
         own = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
