@@ -49,7 +49,7 @@ class CalibrateConfig(Spec):
 
 Effort = Literal["fast", "balanced", "best"]
 SMOKE_UPDATES = 4
-ROUNDING: dict[str, tuple[int, float]] = {"fast": (300, 3e-2), "balanced": (1000, 1e-2), "best": (20000, 1e-3)}
+ROUNDING: dict[str, tuple[int, float]] = {"fast": (300, 6e-2), "balanced": (1000, 1e-2), "best": (20000, 1e-3)}
 STEPS: dict[str, tuple[int, float]] = {"fast": (100, 1e-2), "balanced": (400, 5e-3), "best": (5000, 4e-4)}
 
 
@@ -59,7 +59,7 @@ class RoundingConfig(Spec):
     iterations: int | None = Field(None, ge=0)
     """Updates per unit; null = by `effort` (300, 1,000 or the paper's 20,000)."""
     lr: float | None = Field(None, gt=0)
-    """Rate of Adam; null = by `effort` (3e-2, 1e-2 or the paper's 1e-3)."""
+    """Rate of Adam; null = by `effort` (6e-2, 1e-2 or the paper's 1e-3)."""
     penalty: float = Field(0.01, ge=0)
     """Weight of the regulariser that makes every weight decide."""
     warmup: float = Field(0.2, ge=0, lt=1)

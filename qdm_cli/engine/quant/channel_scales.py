@@ -167,36 +167,34 @@ def layer_error(
         inputs: (timestep, x) pairs; a timestep-aware layer takes the ranges of each timestep's own values.
     """
     state = code_layer(original, replace(decision, pre_scale=factors is not None), settings.weight_rule, None, factors).cpu()
-    groups = _by_timestep(inputs) if decision.timestep_aware else [[x for _, x in inputs]]
+    groups = _by_timestep(inputs) if decision.timestep_aware else [torch.cat([x for _, x in inputs])]
     error = signal = 0.0
-    for group in groups:
+    for x in groups:
         if decision.act_mode == "static":
-            params = _range_of(group, decision, factors, settings.activation_rule)
+            params = _range_of(x, decision, factors, settings.activation_rule)
             state = replace(state, act_scale=params.scale.reshape(1), act_zero_point=params.zero_point.reshape(1).to(torch.int8))
         layer = build_layer(
             original, state.decision, CodedWeight(state), state.bias, scales_of(state), StepContext(), state.own_factors
-        ).to(group[0].device)
-        for x in group:
-            with torch.no_grad():
-                want = original(x)
-                error += float((layer(x) - want).double().square().sum())
-                signal += float(want.double().square().sum())
+        ).to(x.device)
+        with torch.no_grad():
+            want = original(x)
+            error += float((layer(x) - want).double().square().sum())
+            signal += float(want.double().square().sum())
     return error / max(signal, 1e-30)
 
 
-def _range_of(group: list[torch.Tensor], decision: LayerDecision, factors: torch.Tensor | None, rule: RangeRule) -> QParams:
-    rng = torch.Generator().manual_seed(0)
+def _range_of(x: torch.Tensor, decision: LayerDecision, factors: torch.Tensor | None, rule: RangeRule) -> QParams:
     shape = (-1, 1, 1) if decision.type == "Conv2d" else (-1,)
-    scaled = [x if factors is None else x * factors.to(x.device).reshape(shape) for x in group]
-    values = torch.cat([thin(x, max(1, VALUES_PER_STEP // len(group)), rng) for x in scaled])
+    scaled = x if factors is None else x * factors.to(x.device).reshape(shape)
+    values = thin(scaled, VALUES_PER_STEP, torch.Generator().manual_seed(0))
     return rule.choose(values, IntGrid(decision.bits_a or 8), symmetric=decision.act_symmetric)
 
 
-def _by_timestep(inputs: Inputs) -> list[list[torch.Tensor]]:
+def _by_timestep(inputs: Inputs) -> list[torch.Tensor]:
     groups: dict[float, list[torch.Tensor]] = {}
     for timestep, x in inputs:
         groups.setdefault(timestep, []).append(x)
-    return list(groups.values())
+    return [torch.cat(group) for group in groups.values()]
 
 
 def _channels_last(x: torch.Tensor, decision: LayerDecision) -> torch.Tensor:
