@@ -55,6 +55,13 @@ def check_activation(x_codes: Tensor, x_zero_point: Tensor, *, table: bool = Fal
         raise ValueError(f"x_zero_point is one integer, got {x_zero_point.dtype} {tuple(x_zero_point.shape)}")
 
 
+def check_place(x_codes: Tensor, scale: Tensor, residual: Tensor | None) -> None:
+    """ValueError unless activation, weight (whose scale stands for it) and residual are on one device."""
+    for name, value in (("x_codes", x_codes), ("residual", residual)):
+        if value is not None and value.device != scale.device:
+            raise ValueError(f"{name} is on {value.device}, the layer on {scale.device}: move one of them")
+
+
 def flatten(state: Any) -> tuple[list[Tensor], str]:
     """A backend's frozen state as (its tensors, JSON of all else): what a registered operator takes, since it takes no objects."""
     tensors: list[Tensor] = []

@@ -17,7 +17,7 @@ from qdm_kernels import backend as _backend
 from qdm_kernels.epilogue.reference import Epilogue, finish
 from qdm_kernels.exact import check_int32, subtract_zero_point
 from qdm_kernels.geometry import Conv2dGeometry, Pair
-from qdm_kernels.prepared import Prepared, check_activation, check_weight, flatten, integer_op, unflatten
+from qdm_kernels.prepared import Prepared, check_activation, check_place, check_weight, flatten, integer_op, unflatten
 from qdm_kernels.quantize.reference import pick
 
 
@@ -183,6 +183,7 @@ def check_call(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedConv2d, 
     """ValueError unless activation, step and residual fit the layer."""
     end.check()
     check_activation(x_codes, x_zero_point, table=end.step is not None)
+    check_place(x_codes, prepared.scale, end.residual)
     if x_codes.dim() != 4 or x_codes.shape[1] != prepared.in_channels:
         raise ValueError(f"x_codes is [B, {prepared.in_channels}, H, W], got {tuple(x_codes.shape)}")
     shape = output_shape(x_codes, prepared)

@@ -15,7 +15,7 @@ from torch import Tensor
 from qdm_kernels import backend as _backend
 from qdm_kernels.epilogue.reference import Epilogue, finish
 from qdm_kernels.exact import check_int32, subtract_zero_point
-from qdm_kernels.prepared import Prepared, check_activation, check_weight, flatten, integer_op, unflatten
+from qdm_kernels.prepared import Prepared, check_activation, check_place, check_weight, flatten, integer_op, unflatten
 from qdm_kernels.quantize.reference import pick
 
 
@@ -156,6 +156,7 @@ def accumulate(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedLinear) 
 def _check_call(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedLinear, end: Epilogue) -> None:
     end.check()
     check_activation(x_codes, x_zero_point, table=end.step is not None)
+    check_place(x_codes, prepared.scale, end.residual)
     if x_codes.shape[-1] != prepared.in_features:
         raise ValueError(f"x_codes has {x_codes.shape[-1]} features, the layer takes {prepared.in_features}")
     if end.residual is not None and end.residual.shape != (*x_codes.shape[:-1], prepared.out_features):

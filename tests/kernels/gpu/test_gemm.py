@@ -197,6 +197,15 @@ def test_twenty_runs_give_the_same_bits(case: LinearCase | ConvCase) -> None:
         assert torch.equal(run(case, *args), first)
 
 
+@pytest.mark.parametrize("case", [LARGE[0], LARGE_CONVS[0]], ids=str)
+def test_two_ranges_are_two_layers_and_a_residual(case: LinearCase | ConvCase) -> None:
+    x, w, z_w = case.draw(GPU)
+    layer, scale = prepare(case, w, z_w, "triton"), torch.tensor(2e-3, device=GPU)
+    second = run(case, torch.roll(x, 1, 0), scale * 7, integers(-7), layer)
+    args = x, scale, integers(case.z_x), layer
+    assert torch.equal(run(case, *args, residual=second), run(case, *args) + second)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_an_image_is_the_same_alone_and_in_a_batch(bits: int) -> None:
     """Other sizes get other tiles and splits; the bits are those of the integers."""
