@@ -48,7 +48,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
     def _known(self) -> bool:
         """Is the block of the kind this class computes?"""
         plain = self.upsample is None and self.downsample is None and self.time_embedding_norm == "default" and not self.skip_time_act
-        hidden = _unhooked(self.norm1, self.norm2, self.nonlinearity)
+        hidden = unhooked(self.norm1, self.norm2, self.nonlinearity)
         return plain and isinstance(self.nonlinearity, nn.SiLU) and not self.training and hidden
 
 
@@ -57,7 +57,7 @@ class FusedTransformer2DModel(Transformer2DModel):
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         x = hidden_states
-        if self.use_linear_projection or not (_runs_here(x) and _unhooked(self.norm) and takes_codes(self.proj_in, x)):
+        if self.use_linear_projection or not (_runs_here(x) and unhooked(self.norm) and takes_codes(self.proj_in, x)):
             return super()._operate_on_continuous_inputs(hidden_states)
         y = norm_then_layer(self.norm, self.proj_in, x, "none")
         return y.permute(0, 2, 3, 1).flatten(1, 2), y.shape[1]
@@ -81,7 +81,7 @@ class FusedFeedForward(FeedForward):
 
     def fuses(self, x: Tensor) -> bool:
         """Can `by_rows` compute this input?"""
-        known = type(self.net[0]) is GEGLU and not self.training and _unhooked(*self.net)
+        known = type(self.net[0]) is GEGLU and not self.training and unhooked(*self.net)
         return known and _runs_here(x) and takes_codes(self.net[0].proj, x) and takes_codes(self.net[2], x[..., :1])
 
     def by_rows(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
@@ -123,7 +123,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         """Is the block of the kind this class computes?"""
         plain = self.norm_type == "layer_norm" and self.pos_embed is None and self._chunk_size is None and not self.only_cross_attention
         attentions = [attn for attn in (self.attn1, self.attn2) if attn is not None]
-        return plain and not self.training and all(_is_plain(attn) for attn in attentions) and _unhooked(self.ff, *attentions)
+        return plain and not self.training and all(_is_plain(attn) for attn in attentions) and unhooked(self.ff, *attentions)
 
 
 def _is_plain(attn: nn.Module) -> bool:
@@ -175,7 +175,7 @@ def norm_then_layer(norm: nn.GroupNorm, conv: PackedConv2d, x: Tensor, activatio
 
 def takes_codes(layer: nn.Module, x: Tensor) -> bool:
     """Does the layer run integers on an input of this size, with one scale and one zero point for all of it?"""
-    if not isinstance(layer, PackedConv2d | PackedLinear) or layer.spec.act != "static" or not _unhooked(layer):
+    if not isinstance(layer, PackedConv2d | PackedLinear) or layer.spec.act != "static" or not unhooked(layer):
         return False
     if layer.choice(x).kernel != "integer":
         return False
@@ -188,7 +188,7 @@ def _scaled(layer: PackedLayer, x: Tensor) -> Tensor:
     return x if factors is None else x.float() * factors
 
 
-def _unhooked(*modules: nn.Module) -> bool:
+def unhooked(*modules: nn.Module) -> bool:
     """Does nobody watch these modules? A fused block does not call all of them."""
     return not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU, GELU
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxSingleTransformerBlock, FluxTransformerBlock
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from qdm_cli.engine.quant.attention import CHILD
 from qdm_cli.engine.runtime import gpu
 from qdm_cli.engine.runtime import gpu_fused as fused
-from qdm_cli.engine.runtime.fused import FusedResnetBlock2D, FusedTransformer2DModel
+from qdm_cli.engine.runtime.fused import FusedBasicTransformerBlock, FusedResnetBlock2D, FusedTransformer2DModel, unhooked
 from qdm_cli.engine.runtime.modules import PackedLayer, PackedLinear
 from qdm_cli.engine.runtime.reuse import SharedInput, same_codes
 
@@ -36,7 +36,7 @@ class GpuResnetBlock2D(FusedResnetBlock2D):
     """GroupNorm, SiLU and quantization in one kernel before each convolution, the shortcut's sum in the second one's."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not _fuses(input_tensor, self) or not self._known():
+        if args or kwargs or not _fuses(input_tensor, self) or not self._known_here():
             return super().forward(input_tensor, temb, *args, **kwargs)
         x = self.conv1(fused.group_norm(self.norm1, input_tensor, self.conv1, silu=True))
         if self.time_emb_proj is not None and temb is not None:
@@ -47,10 +47,10 @@ class GpuResnetBlock2D(FusedResnetBlock2D):
         y = fused.add(self.conv2, x, shortcut)
         return y if self.output_scale_factor == 1 else y / self.output_scale_factor
 
-    def _known(self) -> bool:
+    def _known_here(self) -> bool:
         plain = self.upsample is None and self.downsample is None and self.time_embedding_norm == "default"
         norms = isinstance(self.norm1, nn.GroupNorm) and isinstance(self.norm2, nn.GroupNorm)
-        return plain and norms and isinstance(self.nonlinearity, nn.SiLU)
+        return plain and norms and isinstance(self.nonlinearity, nn.SiLU) and unhooked(self.norm1, self.norm2, self.nonlinearity)
 
 
 class GpuTransformer2DModel(FusedTransformer2DModel):
@@ -85,7 +85,7 @@ def _image(x: Tensor, height: int, width: int) -> Tensor:
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-class GpuTransformerBlock(BasicTransformerBlock):
+class GpuTransformerBlock(FusedBasicTransformerBlock):
     """Layer norms make the codes of what reads them; attention and MLP add the residual in their last product."""
 
     def forward(
@@ -100,7 +100,7 @@ class GpuTransformerBlock(BasicTransformerBlock):
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         rest = (attention_mask, encoder_attention_mask, cross_attention_kwargs or None)
-        if hidden_states.ndim != 3 or any(one is not None for one in rest) or not _fuses(hidden_states, self) or not self._known():
+        if hidden_states.ndim != 3 or any(one is not None for one in rest) or not _fuses(hidden_states, self) or not self._known_here():
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs,
                 class_labels, added_cond_kwargs,
@@ -115,11 +115,11 @@ class GpuTransformerBlock(BasicTransformerBlock):
             x = attend(self.attn2, fused.layer_norm(self.norm2, x, self.attn2.to_q), encoder_hidden_states, x)
         return feed(self.ff, fused.layer_norm(self.norm3, x, self.ff.net[0].proj, second), x, gates[1])
 
-    def _known(self) -> bool:
+    def _known_here(self) -> bool:
         plain = self.pos_embed is None and self._chunk_size is None and not self.only_cross_attention
         crosses = self.attn2 is None or (self.attn2.is_cross_attention and _plain_attention(self.attn2))
         norms = self.norm_type == "layer_norm" or (self.norm_type == "ada_norm_zero" and isinstance(self.norm1, AdaLayerNormZero))
-        return plain and crosses and norms and _plain_attention(self.attn1) and _plain_mlp(self.ff)
+        return plain and crosses and norms and _plain_attention(self.attn1) and _plain_mlp(self.ff) and unhooked(self.norm1, self.norm3)
 
 
 class GpuFluxBlock(FluxTransformerBlock):
@@ -133,7 +133,7 @@ class GpuFluxBlock(FluxTransformerBlock):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if joint_attention_kwargs or not _fuses(hidden_states, self) or not self._known():
+        if joint_attention_kwargs or not _fuses(hidden_states, self) or not self._known_here():
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         x, text, attn = hidden_states, encoder_hidden_states, self.attn
         first, second, gates = _modulations(self.norm1, temb)
@@ -149,8 +149,10 @@ class GpuFluxBlock(FluxTransformerBlock):
         text = feed(self.ff_context, read, text, gates_text[1])
         return (text.clip(-_HALF_MAX, _HALF_MAX) if text.dtype == torch.float16 else text), x
 
-    def _known(self) -> bool:
-        return type(self.attn.processor) is FluxAttnProcessor and _plain_mlp(self.ff) and _plain_mlp(self.ff_context)
+    def _known_here(self) -> bool:
+        norms = (self.norm1, self.norm1_context, self.norm2, self.norm2_context)
+        plain = _plain_mlp(self.ff) and _plain_mlp(self.ff_context) and unhooked(*norms)
+        return plain and type(self.attn.processor) is FluxAttnProcessor
 
 
 class GpuFluxSingleBlock(FluxSingleTransformerBlock):
@@ -166,7 +168,7 @@ class GpuFluxSingleBlock(FluxSingleTransformerBlock):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if joint_attention_kwargs or not _fuses(hidden_states, self) or not self._known():
+        if joint_attention_kwargs or not _fuses(hidden_states, self) or not self._known_here():
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
@@ -178,9 +180,10 @@ class GpuFluxSingleBlock(FluxSingleTransformerBlock):
         length = encoder_hidden_states.shape[1]
         return x[:, :length], x[:, length:]
 
-    def _known(self) -> bool:
+    def _known_here(self) -> bool:
         gelu = isinstance(self.act_mlp, nn.GELU) and self.act_mlp.approximate == "tanh"
-        return gelu and self.shares_input and type(self.attn.processor) is FluxAttnProcessor
+        plain = gelu and type(self.attn.processor) is FluxAttnProcessor and unhooked(self.norm, self.act_mlp)
+        return plain and self.shares_input
 
     def compare_(self) -> None:
         """Find out, waiting for the GPU, whether all that reads the norm reads the same codes."""
@@ -229,11 +232,12 @@ def _plain_attention(attn: Attention) -> bool:
     processor = getattr(type(attn.processor), "original", type(attn.processor))
     extras = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross or None)
     plain = all(one is None for one in extras) and not attn.residual_connection and attn.rescale_output_factor == 1
-    return processor is AttnProcessor2_0 and plain and not hasattr(attn, CHILD)
+    return processor is AttnProcessor2_0 and plain and not hasattr(attn, CHILD) and unhooked(attn)
 
 
 def _plain_mlp(mlp: FeedForward) -> bool:
-    return len(mlp.net) == 3 and type(mlp.net[0]) in (GEGLU, GELU) and isinstance(mlp.net[1], nn.Dropout)
+    known = len(mlp.net) == 3 and type(mlp.net[0]) in (GEGLU, GELU) and isinstance(mlp.net[1], nn.Dropout)
+    return known and unhooked(mlp, *mlp.net)
 
 
 def attend(attn: Attention, x: Tensor, context: Tensor | None, residual: Tensor, gate: Tensor | None = None) -> Tensor:

@@ -27,6 +27,8 @@ def tables_for(layer: nn.Module | None, device: torch.device) -> Tables | None:
     """(scale, zero point, step) of a layer that can be handed codes now; None = it wants floats."""
     if not isinstance(layer, PackedLayer) or layer.mode != "auto" or not gpu.is_gpu(layer.weight.device):
         return None
+    if layer._forward_hooks or layer._forward_pre_hooks:  # who watches a layer wants to see what it reads
+        return None
     return gpu.tables(layer, device) if layer.form.choice.kernel == "integer" else None
 
 
