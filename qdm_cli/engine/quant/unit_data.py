@@ -1,7 +1,8 @@
 """Inputs and targets of one unit on disk: captured call by call, read back in minibatches, bounded in memory.
 
-Bound: `memory` bytes of unit data, one captured call and one minibatch. A set that fits into `memory` is read once and kept where the
-model lies; a larger one stays in its shards, of which only the rows of a minibatch are read.
+Bound: `memory` bytes of unit data, one captured call and one minibatch. A set that fits into `memory` is kept where the model lies, and
+never written when it is at most half as large, since joining its calls needs as much again; a larger set stays in its shards, of which
+only the rows of a minibatch are read.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class UnitData:
     """One unit's samples.
 
     Args:
-        folder: emptied now; holds one shard per captured call.
+        folder: emptied now; holds one shard per captured call that is written.
         layout: of the unit's arguments.
         memory: bytes of samples that may be held at a time.
     """
@@ -73,6 +74,8 @@ class UnitData:
         self._timesteps: list[torch.Tensor] = []
         self._shared: list[list[Any]] = []  # distinct sets of leaves that are not per sample
         self._group: list[int] = []  # shard -> its set
+        self._waiting: list[dict[str, torch.Tensor]] = []  # captured calls that are not written
+        self._written = 0
         self._shards: list[Any] = []
         self._held: dict[str, torch.Tensor] | None = None
         self._out_rows: tuple[int, ...] = ()
@@ -98,8 +101,10 @@ class UnitData:
         self._out_rows = tuple(len(value) // samples for value in targets)
         tensors = {f"in.{i}": leaf.detach() for i, leaf in enumerate(leaves) if self.layout.rows[i]}
         tensors |= {f"out.{i}": value.detach() for i, value in enumerate(targets)}
-        write_tensors(self.folder / f"{len(self._group):05d}.safetensors", {name: value.clone() for name, value in tensors.items()})
         self.bytes += sum(value.numel() * value.element_size() for value in tensors.values())
+        self._waiting.append({name: value.clone() for name, value in tensors.items()})
+        if self._written or 2 * self.bytes > self.memory:
+            self._write()
         self._group.append(self._group_of([None if self.layout.rows[i] else leaf for i, leaf in enumerate(leaves)]))
         self._starts.append(self.samples + samples)
         self._timesteps.append(torch.full((samples,), float(timestep), dtype=torch.float64))
@@ -108,7 +113,10 @@ class UnitData:
         """End of capturing: keep everything on `device` if it fits, else open the shards."""
         self._shards = [safe_open(path, framework="pt") for path in sorted(self.folder.glob("*.safetensors"))]
         self._all_timesteps = torch.cat(self._timesteps)
-        if self.bytes <= self.memory:
+        if self._waiting:
+            self._held = {name: torch.cat([call.pop(name) for call in self._waiting]).to(device) for name in list(self._waiting[0])}
+            self._waiting = []
+        elif self.bytes <= self.memory:
             names = list(self._shards[0].keys())
             self._held = {name: torch.cat([shard.get_tensor(name) for shard in self._shards]).to(device) for name in names}
             self._shards = []
@@ -140,9 +148,15 @@ class UnitData:
         args, kwargs = tree_unflatten(leaves, self.layout.tree)
         return Minibatch((args, kwargs), outputs, self._all_timesteps[rows])
 
+    def _write(self) -> None:
+        for tensors in self._waiting:
+            write_tensors(self.folder / f"{self._written:05d}.safetensors", tensors)
+            self._written += 1
+        self._waiting = []
+
     def close(self) -> None:
         """Drop memory and files."""
-        self._held, self._shards = None, []
+        self._held, self._shards, self._waiting = None, [], []
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _shard_of(self, row: int) -> int:
