@@ -52,11 +52,12 @@ def test_a_denoiser_is_timed_packed_and_timed_again(name: str, bits: int, as_on_
     said: list[str] = []
     bench = GpuBench(bits, steps=3, seconds=0.0, dtype=torch.float32, device="cpu")
     *_, row = measure_on_gpu(name, bench, said.append)
-    assert row["gate"] == "passed", row["errors"]
+    assert row["gate"] == "passed"
     assert row["ratios"]["eager"] > 0
     assert "error" in row["qdm"]["graph"]  # no CUDA here: reported, not raised
-    assert row["errors"]["to_bf16"] < (0.2 if bits == 8 else 0.6)
+    assert row["errors_qdm"]["to_float_model"] < (0.2 if bits == 8 else 0.6)
     assert row["rows"] == 3
+    assert row["errors_unfused"]["to_truth"] < 2e-3
     assert row["layers"]["integer"] > 10
 
 
@@ -72,3 +73,4 @@ def test_a_wrong_product_is_not_timed(as_on_a_gpu, monkeypatch: pytest.MonkeyPat
     *_, row = measure_on_gpu("tiny", GpuBench(8, steps=2, seconds=0.0, dtype=torch.float32, device="cpu"), lambda text: None)
     assert row["gate"] == "failed"
     assert "qdm" not in row
+    assert row["ratios"] == {}
