@@ -97,10 +97,12 @@ def test_quantizers() -> None:
         launch.code.check(dot=None, copies=False, registers=64)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("groups", [None, 18])
-def test_weight_only(groups: int | None) -> None:
+def test_weight_only(groups: int | None, bits: int) -> None:
     shape = (6912,) if groups is None else (6912, groups)
-    state = weight_only.prepare(torch.zeros((6912, 1152), dtype=torch.int8), torch.ones(shape), torch.zeros(shape, dtype=torch.int32))
+    codes, zero = torch.zeros((6912, 1152), dtype=torch.int8), torch.zeros(shape, dtype=torch.int32)
+    state = weight_only.prepare(codes, torch.ones(shape), zero, bits)
     with recorded(90, weight_only.linear_kernel) as launches:
         for m in (1, 2, 16):
             weight_only.linear(torch.zeros(m, 1152, dtype=torch.bfloat16), None, state, Epilogue(out_dtype=torch.bfloat16))

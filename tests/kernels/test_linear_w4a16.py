@@ -6,28 +6,32 @@ import pytest
 import torch
 
 from qdm_kernels.linear_w4a16 import op
+from qdm_kernels.linear_w8a16 import op as op8
 
 SHAPES = [(1, 1, 1, None), (3, 5, 7, None), (2, 33, 192, 3), (17, 8, 1152, 9), (1, 40, 64, 1), (0, 4, 16, None)]
 
 
-def layer(draw, n: int, k: int, groups: int | None, backend: str, bias: bool = True) -> tuple[op.PreparedWeight, torch.Tensor]:
+def layer(
+    draw, n: int, k: int, groups: int | None, backend: str, bias: bool = True, bits: int = 4
+) -> tuple[op.PreparedWeight, torch.Tensor]:
     """A prepared layer and its weight in float64."""
-    rng, shape = torch.Generator().manual_seed(2), (n,) if groups is None else (n, groups)
-    codes, zero = draw((n, k), -8, 7), draw(shape, -8, 7)
+    rng, shape, low = torch.Generator().manual_seed(2), (n,) if groups is None else (n, groups), -(1 << bits - 1)
+    codes, zero = draw((n, k), low, -low - 1), draw(shape, low, -low - 1)
     scale = torch.rand(shape, generator=rng) + 0.1
     b = torch.randn(n, generator=rng) if bias else None
 
     def spread(t: torch.Tensor) -> torch.Tensor:
         return t.reshape(n, -1).repeat_interleave(k // (groups or 1), 1).double()
 
-    return op.prepare(codes, scale, zero, b, backend=backend), (codes.double() - spread(zero)) * spread(scale)
+    return {4: op, 8: op8}[bits].prepare(codes, scale, zero, b, backend=backend), (codes.double() - spread(zero)) * spread(scale)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(("m", "n", "k", "groups"), SHAPES, ids=str)
-def test_equals_float64(draw, backend: str, bias: bool, m: int, n: int, k: int, groups: int | None) -> None:
-    prepared, weight = layer(draw, n, k, groups, backend, bias)
+def test_equals_float64(draw, backend: str, bias: bool, m: int, n: int, k: int, groups: int | None, bits: int) -> None:
+    prepared, weight = layer(draw, n, k, groups, backend, bias, bits)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(1))
     want = x.double() @ weight.T + (prepared.bias.double() if bias else 0)
     got = op.linear(x, prepared)
@@ -46,17 +50,19 @@ def test_dtypes_and_leading_axes(draw, dtype: torch.dtype) -> None:
     assert op.linear(x, prepared, out_dtype=torch.float32).dtype == torch.float32
 
 
-def test_operator(draw) -> None:
-    prepared, _ = layer(draw, 24, 128, 2, "reference")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_operator(draw, bits: int) -> None:
+    prepared, _ = layer(draw, 24, 128, 2, "reference", bits=bits)
     x, residual = torch.randn(2, 3, 128), torch.randn(2, 3, 24)
     args = (x, 24, prepared.bias, prepared.tensors, prepared.how, "silu", residual, torch.bfloat16)
-    torch.library.opcheck(torch.ops.qdm.linear_w4a16.default, args)
+    operator = getattr(torch.ops.qdm, prepared.op)
+    torch.library.opcheck(operator.default, args)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         return op.linear(x, prepared, activation="silu", residual=residual, out_dtype=torch.bfloat16)
 
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))
-    assert torch.equal(torch.ops.qdm.linear_w4a16(*args), call(x))
+    assert torch.equal(operator(*args), call(x))
 
 
 CODES = torch.zeros(4, 128, dtype=torch.int8)

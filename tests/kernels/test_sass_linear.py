@@ -113,7 +113,7 @@ def test_weight_only_tiles(tile: Tile, kind: str, group: int, capability: int) -
     sizes = dict.fromkeys(("M", "N", "K", "BLOCKS", "GROUPS"), "i32")
     types = {"x_ptr": f"*{kind}", "w_ptr": "*i16", "scale_ptr": "*fp32", "zero_ptr": "*i8", "bias_ptr": "*fp32", "out_ptr": f"*{kind}"}
     constants = {"WIDE": False, "HAS_BIAS": True, "HAS_RESIDUAL": False, "ACTIVATION": "silu", "EVEN_K": True, "GROUP_M": GROUP_M}
-    constants |= {"KIND": kind, "BLOCKS_PER_GROUP": group, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
+    constants |= {"KIND": kind, "BITS": 4, "BLOCKS_PER_GROUP": group, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
     options = {"warps": tile.warps, "stages": tile.stages, "max_registers": tile.registers, "odd": ("M", "BLOCKS", "GROUPS")}
     code = compile_for(weight_only.linear_kernel, capability, types | sizes, constants, **options)
     code.check(dot="float", registers=255)

@@ -23,6 +23,7 @@ from qdm_kernels.prepared import Prepared, flatten, integer_op, unflatten
 class PreparedWeight(Prepared):
     """A weight packed for one backend."""
 
+    op: str  # linear_w4a16 or linear_w8a16
     backend: str
     in_features: int
     out_features: int
@@ -38,9 +39,9 @@ class PreparedWeight(Prepared):
 
 
 @cache
-def implementation(backend: str) -> ModuleType:
-    """Module of a backend; triton's is imported when it is first asked for."""
-    return import_module(f"qdm_kernels.linear_w4a16.{backend}")
+def implementation(op: str, backend: str) -> ModuleType:
+    """Module that implements an op; triton's is imported when it is first asked for."""
+    return import_module(f"qdm_kernels.{op}.{backend}")
 
 
 @integer_op
@@ -50,11 +51,18 @@ def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | Non
     G: groups of K / G inputs, 64 or 128 each. backend: None = `qdm_kernels.backend.choose`. ValueError on wrong shapes or dtypes, other
     groups, no inputs, or a backend that cannot run.
     """
-    _check_weight(codes, scale, zero_point, bias)
-    name = _backend.choose("linear_w4a16", device=codes.device, backend=backend)
+    return prepare_as("linear_w4a16", 4, codes, scale, zero_point, bias, backend)
+
+
+def prepare_as(
+    op: str, bits: int, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, backend: str | None
+) -> PreparedWeight:
+    """`prepare` for one of the two ops; errors as there."""
+    _check_weight(codes, scale, zero_point, bias, bits)
+    name = _backend.choose(op, device=codes.device, backend=backend)
     kept = None if bias is None else bias.detach().float()
-    state = implementation(name).prepare(codes, scale.detach().float(), zero_point)
-    return PreparedWeight(name, codes.shape[1], codes.shape[0], kept, state)
+    state = implementation(op, name).prepare(codes, scale.detach().float(), zero_point)
+    return PreparedWeight(op, name, codes.shape[1], codes.shape[0], kept, state)
 
 
 @integer_op
@@ -70,27 +78,32 @@ def linear(x: Tensor, prepared: PreparedWeight, *, out_dtype: torch.dtype | None
     _check_call(x, prepared, end)
     p = prepared
     if not torch.compiler.is_compiling():
-        return _run(x, p.bias, implementation(p.backend), p.state, end)
-    return torch.ops.qdm.linear_w4a16(x, p.out_features, p.bias, p.tensors, p.how, end.activation, end.residual, end.out_dtype)
+        return _run(x, p.bias, implementation(p.op, p.backend), p.state, end)
+    call = getattr(torch.ops.qdm, p.op)
+    return call(x, p.out_features, p.bias, p.tensors, p.how, end.activation, end.residual, end.out_dtype)
 
 
-@torch.library.custom_op("qdm::linear_w4a16", mutates_args=())
-def _operator(
-    x: Tensor, outputs: int, bias: Tensor | None, state: list[Tensor], how: str, activation: str, residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """x float [..., K] -> [..., outputs]. state, how: `PreparedWeight.tensors` and `.how`; the rest as in `linear`."""
-    backend, _, text = how.partition(" ")
-    home = implementation(backend)
-    return _run(x, bias, home, unflatten(state, text, home), Epilogue(activation, residual, out_dtype))
+def register(op: str) -> None:
+    """Register qdm::`op` with its fake. x float [..., K] -> [..., outputs]; state, how: `PreparedWeight.tensors` and `.how`."""
+
+    @torch.library.custom_op(f"qdm::{op}", mutates_args=())
+    def operator(
+        x: Tensor, outputs: int, bias: Tensor | None, state: list[Tensor], how: str, activation: str, residual: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        backend, _, text = how.partition(" ")
+        home = implementation(op, backend)
+        return _run(x, bias, home, unflatten(state, text, home), Epilogue(activation, residual, out_dtype))
+
+    @operator.register_fake
+    def _(
+        x: Tensor, outputs: int, bias: Tensor | None, state: list[Tensor], how: str, activation: str, residual: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        return x.new_empty((*x.shape[:-1], outputs), dtype=out_dtype)
 
 
-@_operator.register_fake
-def _(
-    x: Tensor, outputs: int, bias: Tensor | None, state: list[Tensor], how: str, activation: str, residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((*x.shape[:-1], outputs), dtype=out_dtype)
+register("linear_w4a16")
 
 
 def _run(x: Tensor, bias: Tensor | None, home: ModuleType, state: Any, end: Epilogue) -> Tensor:
@@ -101,10 +114,10 @@ def _run(x: Tensor, bias: Tensor | None, home: ModuleType, state: Any, end: Epil
     return home.linear(rows, bias, state, end).reshape(*lead, state.outputs)
 
 
-def _check_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None) -> None:
+def _check_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, bits: int) -> None:
     if codes.dim() != 2 or 0 in codes.shape:
         raise ValueError(f"weight codes are int8 [N, K], at least one of each, got {tuple(codes.shape)}")
-    check_codes(codes, 4)
+    check_codes(codes, bits)
     n, k = codes.shape
     groups = 1 if scale.dim() == 1 else scale.shape[-1]
     if tuple(scale.shape) not in ((n,), (n, groups)) or (scale.dim() == 2 and k not in (64 * groups, 128 * groups)):

@@ -1,7 +1,7 @@
-"""Weight-only linear layer on CUDA GPUs: int4 weights become float operands in registers and take the rows' side of the product.
+"""Weight-only linear layer on CUDA GPUs: int4 or int8 weights become float operands in registers and take the rows' side of the product.
 
-Words of 16 bits hold four codes plus 8, of four K-planes of 16 per block of 64: word j holds codes j, j + 16, j + 32, j + 48 from its
-lowest nibble up. `nibble | 0x4300` is the bfloat16 number 128 + nibble and `nibble | 0x6400` the float16 number 1024 + nibble, so one
+Words of 16 bits hold four 4-bit codes plus 8, of four K-planes of 16 per block of 64: word j holds codes j, j + 16, j + 32, j + 48 from
+its lowest nibble up. `nibble | 0x4300` is the bfloat16 number 128 + nibble and `nibble | 0x6400` the float16 number 1024 + nibble, so one
 exact subtraction gives q - z. Group scales multiply the float32 sums of a group, never the weights: no rounding of its own.
 """
 
@@ -35,25 +35,34 @@ def _plane(words, offset, SHIFT: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(acc, x_tile, words, offset, k, offs_k, K, m_ok, EVEN_K: tl.constexpr, KIND: tl.constexpr):
+def _centred(codes, offset, KIND: tl.constexpr):
+    """8-bit codes minus their zero points, exact in every KIND: codes int8 [BN, k], offset float [BN] = zero point."""
+    values = codes.to(tl.float32) - offset[:, None]
+    return values.to(tl.bfloat16) if KIND == "bf16" else values.to(tl.float16) if KIND == "fp16" else values
+
+
+@triton.jit
+def _accumulate(acc, x_tile, words, offset, k, offs_k, K, m_ok, EVEN_K: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr):
     """acc [BN, BM] + the products of one block of inputs. Under the interpreter (KIND plain) in float32: it has no bfloat16 product."""
-    for plane in tl.static_range(4):
+    for plane in tl.static_range(4 if BITS == 4 else 1):
         inside = m_ok[:, None] if EVEN_K else m_ok[:, None] & (k + offs_k + 16 * plane < K)[None, :]
         x = tl.load(x_tile + k + 16 * plane, mask=inside, other=0.0)
         if KIND == "plain":
             x = x.to(tl.float32)
-        acc = tl.dot(_plane(words, offset, 4 * plane, KIND), x.T, acc, out_dtype=tl.float32, input_precision="ieee")
+        w = _plane(words, offset, 4 * plane, KIND) if BITS == 4 else _centred(words, offset, KIND)
+        acc = tl.dot(w, x.T, acc, out_dtype=tl.float32, input_precision="ieee")
     return acc
 
 
 @triton.jit(do_not_specialize=["M", "BLOCKS", "GROUPS"])
 def linear_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, out_ptr, M, N, K, BLOCKS, GROUPS,
-    BLOCKS_PER_GROUP: tl.constexpr, KIND: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCKS_PER_GROUP: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One [BM, BN] tile: x [M, K], w int16 [N, BLOCKS * BK / 4], scale and zero [N, GROUPS] -> out [M, N].
+    """One [BM, BN] tile: x [M, K], w int16 [N, BLOCKS * BK / 4] or int8 [N, BLOCKS * BK], scale and zero [N, GROUPS] -> out [M, N].
 
     BLOCKS_PER_GROUP: 0 = one scale per output, applied at the end.
     """
@@ -62,28 +71,29 @@ def linear_kernel(
     tile_m, tile_n = tile_of(M, N, BM, BN, GROUP_M)
     offs_m, offs_n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     m_ok, n_ok = offs_m < M, offs_n < N
-    words: tl.constexpr = BK // 4
+    words: tl.constexpr = BK // 4 if BITS == 4 else BK
     j = tl.arange(0, words)
-    offs_k = (j // 16) * 64 + j % 16
+    offs_k = (j // 16) * 64 + j % 16 if BITS == 4 else j
+    bias4: tl.constexpr = 8.0 if BITS == 4 else 0.0  # 4-bit codes are stored plus 8
     x_tile = x_ptr + (offs_m.to(tl.int64) if WIDE else offs_m)[:, None] * K + offs_k[None, :]
     w_tile = w_ptr + (offs_n.to(tl.int64) if WIDE else offs_n)[:, None] * (BLOCKS * words) + j[None, :]
     at_group = offs_n * GROUPS
 
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     if BLOCKS_PER_GROUP == 0:
-        offset = tl.load(zero_ptr + at_group, mask=n_ok, other=0).to(tl.float32) + 8.0
+        offset = tl.load(zero_ptr + at_group, mask=n_ok, other=0).to(tl.float32) + bias4
         for block in range(BLOCKS):
             w = tl.load(w_tile + block * words, mask=n_ok[:, None], other=0)
-            acc = _accumulate(acc, x_tile, w, offset, block * BK, offs_k, K, m_ok, EVEN_K, KIND)
+            acc = _accumulate(acc, x_tile, w, offset, block * BK, offs_k, K, m_ok, EVEN_K, KIND, BITS)
         acc *= tl.load(scale_ptr + at_group, mask=n_ok, other=0.0)[:, None]
     else:
         for group in range(GROUPS):
-            offset = tl.load(zero_ptr + at_group + group, mask=n_ok, other=0).to(tl.float32) + 8.0
+            offset = tl.load(zero_ptr + at_group + group, mask=n_ok, other=0).to(tl.float32) + bias4
             part = tl.zeros((BN, BM), dtype=tl.float32)
             for inner in tl.static_range(BLOCKS_PER_GROUP):
                 block = group * BLOCKS_PER_GROUP + inner
                 w = tl.load(w_tile + block * words, mask=n_ok[:, None], other=0)
-                part = _accumulate(part, x_tile, w, offset, block * BK, offs_k, K, m_ok, EVEN_K, KIND)
+                part = _accumulate(part, x_tile, w, offset, block * BK, offs_k, K, m_ok, EVEN_K, KIND, BITS)
             acc += part * tl.load(scale_ptr + at_group + group, mask=n_ok, other=0.0)[:, None]
 
     y = acc.T
@@ -96,7 +106,7 @@ def linear_kernel(
 
 @dataclass(frozen=True)
 class State:
-    """words: int16 [N, ceil64(K) / 4]; scale: float32 [N, G]; zero_point: int8 [N, G]; inputs: K."""
+    """words: int16 [N, ceil64(K) / 4], or int8 [N, ceil64(K)]; scale: float32 [N, G]; zero_point: int8 [N, G]; inputs: K."""
 
     words: Tensor
     scale: Tensor
@@ -111,16 +121,21 @@ class State:
         return self.words.shape[0]
 
 
-def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor) -> State:
-    """Pack four codes to a word; arguments as in `op.prepare`."""
+def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 4) -> State:
+    """Pack four codes to a word, or with 8 bits pad them to whole blocks of 64; arguments as in `op.prepare`."""
     n, k = codes.shape
-    planes = F.pad(codes.to(torch.int32) + 8, (0, padded_length(k) - k), value=8).unflatten(1, (-1, 4, 16))
-    words = sum(planes[:, :, p] << 4 * p for p in range(4)).to(torch.int16).flatten(1).contiguous()
+    if bits == 4:
+        planes = F.pad(codes.to(torch.int32) + 8, (0, padded_length(k) - k), value=8).unflatten(1, (-1, 4, 16))
+        words = sum(planes[:, :, p] << 4 * p for p in range(4)).to(torch.int16).flatten(1).contiguous()
+    else:
+        words = F.pad(codes, (0, padded_length(k) - k)).contiguous()
     return State(words, scale.reshape(n, -1).contiguous(), zero_point.reshape(n, -1).to(torch.int8).contiguous(), k)
 
 
 def codes_of(state: State) -> Tensor:
     """Inverse of `prepare`: int8 [N, K]."""
+    if state.words.dtype == torch.int8:
+        return state.words[:, : state.inputs]
     planes = [((state.words.unflatten(1, (-1, 1, 16)) >> 4 * p) & 0xF) - 8 for p in range(4)]
     return torch.cat(planes, 2).flatten(1)[:, : state.inputs].to(torch.int8)
 
@@ -134,7 +149,8 @@ def linear(x: Tensor, bias: Tensor | None, state: State, end: Epilogue, *, tile:
     out = torch.empty((m, n), dtype=end.out_dtype, device=x.device)
     if m == 0:
         return out
-    padded, groups = state.words.shape[1] * 4, state.scale.shape[1]
+    bits = 4 if state.words.dtype == torch.int16 else 8
+    padded, groups = state.words.shape[1] * (4 if bits == 4 else 1), state.scale.shape[1]
     x = aligned(x if k % 16 == 0 else F.pad(x, (0, padded - k)))
     group = 0 if groups == 1 else padded // groups
     tile = tile or weight_only_tile(m, n, padded, group, x.device)
@@ -143,8 +159,8 @@ def linear(x: Tensor, bias: Tensor | None, state: State, end: Epilogue, *, tile:
     tensors = (x, state.words, state.scale, state.zero_point, bias, residual, out)
     wide = max(x.numel(), out.numel(), state.words.numel()) >= 1 << 31
     constants = (
-        group // tile.bk, kind, x.shape[1] % tile.bk == 0, bias is not None, residual is not None, end.activation, wide, tile.bm, tile.bn,
-        tile.bk, GROUP_M, overlap,
+        group // tile.bk, bits, kind, x.shape[1] % tile.bk == 0, bias is not None, residual is not None, end.activation, wide, tile.bm,
+        tile.bn, tile.bk, GROUP_M, overlap,
     )  # fmt: skip
     launch(
         linear_kernel, (cdiv(m, tile.bm) * cdiv(n, tile.bn), 1, 1),

@@ -16,6 +16,7 @@ from qdm_kernels.gelu_quantize.op import gelu_quantize, gelu_quantize_per_token
 from qdm_kernels.group_norm_quantize.op import group_norm_quantize
 from qdm_kernels.layer_norm_quantize.op import layer_norm_quantize, layer_norm_quantize_per_token
 from qdm_kernels.linear_w4a16 import op as weight_only
+from qdm_kernels.linear_w8a16 import op as weight_only8
 from qdm_kernels.quantize import reference
 from qdm_kernels.quantize.op import quantize, quantize_per_token
 
@@ -113,6 +114,10 @@ def test_weight_only_layers_on_random_shapes(groups: int, dtype: torch.dtype) ->
         zero = torch.full(scale.shape, i % 5 - 2, dtype=torch.int32, device=GPU)
         x = floats(m, k, seed=i, dtype=dtype)
         got = weight_only.linear(x, weight_only.prepare(codes, scale, zero, bias, backend="triton"))
+        wide = weight_only.linear(x, weight_only8.prepare(codes, scale, zero, bias, backend="triton"))
+        assert (
+            torch.equal(wide, got) or ((wide.double() - got.double()).abs() <= torch.finfo(dtype).eps * 2 * got.double().abs() + 1e-4).all()
+        )
         weight = (codes.double().unflatten(1, (-1, groups or k)) - (i % 5 - 2)) * scale.double().reshape(n, -1, 1)
         want = x.double() @ weight.flatten(1).T + bias.double()
         size = x.double().abs() @ weight.flatten(1).abs().T + bias.abs().double()

@@ -100,6 +100,19 @@ def test_every_shipped_tile(tile: Tile) -> None:
         assert_close(kernels.linear(x, None, state, Epilogue(out_dtype=torch.float32), tile=tile), x, codes, scale, zero, None)
 
 
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("m", [1, 17, 40])
+def test_eight_bits(m: int, groups: int | None) -> None:
+    rng = torch.Generator().manual_seed(m)
+    for k in (256,) if groups else (7, 80, 320):
+        x, _, scale, _, bias = draw(m, 70, k, groups)
+        codes = torch.randint(-128, 128, (70, k), generator=rng, dtype=torch.int8)
+        zero = torch.randint(-128, 128, scale.shape, generator=rng, dtype=torch.int8)
+        state = kernels.prepare(codes, scale, zero, bits=8)
+        assert torch.equal(kernels.codes_of(state), codes)
+        assert_close(kernels.linear(x, bias, state, Epilogue(out_dtype=torch.float32)), x, codes, scale, zero, bias)
+
+
 def test_the_public_call_is_the_same_at_any_batch_position() -> None:
     x, codes, scale, zero, bias = draw(6, 40, 128, 2)
     layer = op.prepare(codes, scale, zero, bias, backend="triton")

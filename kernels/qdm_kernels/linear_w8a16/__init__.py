@@ -1,0 +1,1 @@
+"""Linear layer with float activations and int8 weights."""
