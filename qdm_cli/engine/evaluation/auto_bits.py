@@ -90,7 +90,10 @@ def decide(
 
 
 def table_rows(recipe: Recipe) -> int:
-    """Rows that the step tables of the export will have: those of the training sampler where there is training."""
+    """Rows that the step tables of the export will have: groups, or steps of the training sampler where there is training."""
+    groups = getattr(recipe.calibrate, "timestep_groups", None)
+    if groups is not None:
+        return int(groups.k)
     own = getattr(getattr(recipe.finetune, "sampler", None), "steps", None)
     return own or recipe.sampler.steps
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from qdm_cli.engine.diffusion.interval_config import IntervalSpec
 from qdm_cli.engine.quant.config import Bits
 from qdm_cli.engine.spec import Bytes, Spec
 
@@ -34,6 +35,8 @@ class CalibrateConfig(Spec):
     """Trajectories of the full-precision model."""
     samples_per_step: int = Field(32, ge=1)
     """Inputs per denoising step that ranges are measured on."""
+    timestep_groups: IntervalSpec | None = None
+    """Activation scales per group of timesteps instead of one per step, for timestep-aware activations; null = one per step."""
     sensitivity: Literal["off", "fast", "end_to_end"] = "off"
     """Errors of every layer at several widths as sensitivity.json and sensitivity.html. fast = of weight and output, one pass over a few
     captured calls per width; end_to_end = also of the final image, which samples once per layer and width."""

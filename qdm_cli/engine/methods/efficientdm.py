@@ -99,7 +99,9 @@ def efficientdm(
     from qdm_cli.engine.quant.qalora import build_student, with_rows
 
     timesteps = sorted({timestep_of(arguments) for arguments, _ in trajectories.run(0)})
-    start = dataclasses.replace(with_rows(state, timesteps), row_mode=cfg.rows)
+    # groups of timesteps hold for every sampler: they stay as calibration made them
+    grouped = state.row_mode == "interval"
+    start = state if grouped else dataclasses.replace(with_rows(state, timesteps), row_mode=cfg.rows)
     student = build_student(
         denoiser, start, rank=cfg.rank, base=cfg.base, train_bias=cfg.train_bias, train_norm=cfg.train_norm, seed=ctx.recipe.seed
     )

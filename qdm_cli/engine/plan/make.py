@@ -15,6 +15,7 @@ from torch import nn
 
 from qdm_cli.engine.diffusion.prompts import prompts_for
 from qdm_cli.engine.errors import EnvironmentProblem, InputError, OutOfMemory, QdmError
+from qdm_cli.engine.evaluation.auto_bits import table_rows
 from qdm_cli.engine.models import meta_denoiser
 from qdm_cli.engine.models.folder import read_index
 from qdm_cli.engine.models.source import resolve_source
@@ -151,10 +152,10 @@ def rule_hits(recipe: Recipe, *, offline: bool = False, smoke: bool = False) -> 
 
 
 def _rows(recipe: Recipe, decisions: list[LayerDecision]) -> int:
-    """Rows of the step tables: those of the training sampler where there is training."""
+    """Rows of the step tables."""
     if not any(d.timestep_aware and not d.skipped_why for d in decisions):
         return 1
-    return train_steps(recipe) or recipe.sampler.steps
+    return table_rows(recipe)
 
 
 def _target_words(target: str) -> str:

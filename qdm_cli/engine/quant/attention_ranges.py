@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from qdm_cli.engine.diffusion.intervals import interval_of
 from qdm_cli.engine.diffusion.trajectories import TrajectoryStore
 from qdm_cli.engine.errors import GateFailed, InputError
 from qdm_cli.engine.quant.attention import Scores, attention_modules, replaced_attention
@@ -27,6 +29,8 @@ PROBABILITIES = 3
 
 Values = dict[tuple[str, int, int], list[torch.Tensor]]
 """(module, row, column) -> pieces of values."""
+RowOf = Callable[[float], int]
+"""Timestep -> row of the tables."""
 
 
 def with_attention(state: QuantState, denoiser: nn.Module, quantize: QuantizeSpec, store: TrajectoryStore, samples: int) -> QuantState:
@@ -50,7 +54,7 @@ def with_attention(state: QuantState, denoiser: nn.Module, quantize: QuantizeSpe
     decisions = [AttentionDecision(name, policy.bits, policy.softmax_bits, aware) for name in names]
     student = float_attention_student(denoiser, state)
     keys = [float(key) for key in state.step_keys] if aware and len(state.step_keys) > 1 else None
-    values = _observe(student, names, store, samples, keys)
+    values = _observe(student, names, store, samples, _row_of(keys, grouped=state.row_mode == "interval"))
     rows = len(keys) if keys else 1
     attention = {d.name: _tables(d, values, rows, RangeRule(policy.init)) for d in decisions}
     return replace(state, attention=attention)
@@ -63,7 +67,16 @@ def float_attention_student(denoiser: nn.Module, state: QuantState) -> nn.Module
     return student
 
 
-def _observe(student: nn.Module, names: list[str], store: TrajectoryStore, samples: int, keys: list[float] | None) -> Values:
+def _row_of(keys: list[float] | None, *, grouped: bool) -> RowOf:
+    """Row of a timestep: of its group, or the nearest; None = there is one row."""
+    if keys is None:
+        return lambda timestep: 0
+    if grouped:
+        return lambda timestep: interval_of(torch.tensor(keys), [timestep])[0]
+    return lambda timestep: min(range(len(keys)), key=lambda i: abs(keys[i] - timestep))
+
+
+def _observe(student: nn.Module, names: list[str], store: TrajectoryStore, samples: int, row_of: RowOf) -> Values:
     values: Values = {}
     rng, row = torch.Generator().manual_seed(0), 0
 
@@ -80,7 +93,7 @@ def _observe(student: nn.Module, names: list[str], store: TrajectoryStore, sampl
         for name in names:
             stack.enter_context(replaced_attention(student.get_submodule(name), observing(name)))
         for timestep in store.timesteps():
-            row = min(range(len(keys)), key=lambda i: abs(keys[i] - timestep)) if keys else 0
+            row = row_of(timestep)
             for arguments in calls_at(store, timestep, samples):
                 run_denoiser(student, arguments)
     return values

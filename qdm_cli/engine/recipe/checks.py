@@ -27,7 +27,15 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 def cross_checks(recipe: Recipe) -> list[Finding]:
     """Everything that the schema alone cannot see."""
-    return [*_quantize(recipe.quantize), *_auto(recipe), *_cache(recipe), *_suites(recipe), *_fail_if(recipe), *_device(recipe)]
+    return [
+        *_quantize(recipe.quantize),
+        *_groups(recipe),
+        *_auto(recipe),
+        *_cache(recipe),
+        *_suites(recipe),
+        *_fail_if(recipe),
+        *_device(recipe),
+    ]
 
 
 def empty_stages(text: str, document: Document) -> list[Finding]:
@@ -56,6 +64,17 @@ def _quantize(quantize: QuantizeSpec) -> Iterator[Finding]:
     for index, rule in enumerate(quantize.rules):
         for name, message in _rule(rule, quantize):
             yield Finding(("quantize", "rules", index, *name.split(".")), message)
+
+
+def _groups(recipe: Recipe) -> Iterator[Finding]:
+    groups, activations = getattr(recipe.calibrate, "timestep_groups", None), recipe.quantize.activations
+    if groups is None:
+        return
+    path = ("calibrate", "timestep_groups")
+    if activations is None or not (activations.timestep_aware or any(rule.timestep_aware for rule in recipe.quantize.rules)):
+        yield Finding(path, "needs quantize.activations.timestep_aware")
+    if groups.k > recipe.sampler.steps:
+        yield Finding((*path, "k"), f"is larger than sampler.steps ({recipe.sampler.steps})")
 
 
 def _auto(recipe: Recipe) -> Iterator[Finding]:

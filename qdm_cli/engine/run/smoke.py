@@ -14,6 +14,7 @@ _LIMITS: dict[str, int] = {
     "calibrate.data.batch": BATCH,
     "calibrate.samples_per_step": SAMPLES,
     "calibrate.sensitivity_samples": 2,
+    "calibrate.timestep_groups.k": STEPS,
     "finetune.iterations": UPDATES,
     "finetune.batch_size": BATCH,
     "finetune.accumulate": 1,

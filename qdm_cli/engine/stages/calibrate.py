@@ -20,9 +20,11 @@ from qdm_cli.engine.methods import function_of
 from qdm_cli.engine.models import LoadedPipeline, load_pipeline
 from qdm_cli.engine.quant.attention_ranges import with_attention
 from qdm_cli.engine.quant.report import layer_rows, weight_metrics
+from qdm_cli.engine.quant.row_groups import grouped_rows
 from qdm_cli.engine.quant.rules import resolve
 from qdm_cli.engine.quant.sensitivity import NO_TABLE, SENSITIVITY_FILE, SENSITIVITY_PAGE, read_sensitivity
 from qdm_cli.engine.quant.state import write_state
+from qdm_cli.engine.stages._groups import group_keys
 
 CALIBRATION_START = 1_000_000
 """Index of the first calibration sample: its noise is never that of an evaluated image."""
@@ -55,6 +57,8 @@ def calibrate(spec: Any, source: Artifact | None, ctx: RunContext) -> StageResul
     measured = time.monotonic()
     sample = partial(own_trajectories, loaded, spec, ctx)
     state = function_of(spec)(loaded.denoiser, spec, ctx, decisions=decisions, store=store, sample=sample)
+    if spec.timestep_groups is not None:
+        state = grouped_rows(state, group_keys(spec.timestep_groups, loaded, store, ctx))
     state = with_attention(state, loaded.denoiser, recipe.quantize, store, spec.samples_per_step)
     write_state(ctx.payload, state)
     folder.rename(ctx.payload / "trajectories")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,3 +167,31 @@ def test_a_method_is_its_module_and_one_line_of_the_table(tmp_path: Path) -> Non
     child = subprocess.run([sys.executable, "-c", CHILD, str(fakes), str(tmp_path / "r.yaml"), str(out)], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert any(layer.decision.bits_w == 4 for layer in read_state(out).layers.values())
+
+
+GROUPS = "quantize={weights: {init: max}, activations: {bits: 8, timestep_aware: true}, policy: edges-w8}"
+
+
+@pytest.mark.parametrize("method", ["uniform", "optimal_denoiser", "model_x0"])
+def test_scales_per_group_of_timesteps(tmp_path: Path, method: str) -> None:
+    groups = f"calibrate.timestep_groups={{method: {method}, k: 2, samples: 4}}"
+    given = ("sampler.steps=4", GROUPS, "calibrate.data.samples=4", "calibrate.data.batch=2", "calibrate.sensitivity=off", groups)
+    state = read_state(calibrate(tmp_path, *given).artifact.folder)
+    assert state.row_mode == "interval" and len(state.step_keys) == 2 and float(state.step_keys[0]) == 0
+    rows = {layer.act_scale.shape[0] for layer in state.layers.values() if layer.decision.timestep_aware}
+    assert rows == {2}
+    assert make_plan(recipe(tmp_path, *given)).rows == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((), "needs quantize.activations.timestep_aware"),
+        ((GROUPS, "sampler.steps=1"), r"is larger than sampler\.steps \(1\)"),
+    ],
+    ids=["nothing per step", "more groups than steps"],
+)
+def test_groups_that_cannot_be(tmp_path: Path, settings: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe(tmp_path, *settings, "calibrate.sensitivity=off", "quantize.auto=null", "calibrate.timestep_groups={k: 2}")
+    assert any(re.search(message, problem.message) for problem in caught.value.problems)
