@@ -210,7 +210,8 @@ HEAD = "model: {id: tiny:ddpm}\n"
         ),
         "the only method": (
             "finetune: {method: efficientdn}",
-            "<stdin>:2:12  finetune.method: 'efficientdn' is not a method. Did you mean 'efficientdm'? (efficientdm, peqa, tuneqdm, qlora, full)",
+            "<stdin>:2:12  finetune.method: 'efficientdn' is not a method. Did you mean 'efficientdm'? "
+            "(efficientdm, peqa, tuneqdm, qlora, full)",
         ),
         "bare suite": (
             "evaluate: {suites: [cots]}",
