@@ -30,6 +30,10 @@ def bench(
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time rivals that are installed in the same run.")] = True,
     profile: Annotated[bool, typer.Option("--profile", help="Also list the operators of each denoiser by their time.")] = False,
     full: Annotated[bool, typer.Option("--full", help="On a CPU: the model's own number of rows, however long it takes.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure tiles of these layers on this GPU and keep them in the user's file.")
+    ] = False,
+    seconds: Annotated[float, typer.Option("--seconds", metavar="S", min=1, help="Time for --tune, compilation included.")] = 120.0,
     rounds: Annotated[int | None, typer.Option("--rounds", metavar="N", min=1, help="Timed calls of each candidate.")] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; torch's own number without it.")
@@ -43,6 +47,13 @@ def bench(
     """
     session: Session = ctx.obj
     device = _device(session.device)
+    if tune:
+        from qdm_cli.engine.bench.tune import tune_layers
+
+        found = tune_layers(what, tuple(bits or (8, 4)), device=device, seconds=seconds, say=session.terminal.log)
+        left = found["not_reached"]
+        notes = (f"{left} layers were not reached in {seconds:g} s: run it again with more --seconds",) if left else ()
+        return Result(data=found, human=lambda console: console.print(found["file"], markup=False), notes=notes)
     if len(what) == 1 and Path(what[0]).exists():
         from qdm_cli.engine.bench.export import bench_export
 

@@ -1,4 +1,4 @@
-"""Device functions that every Triton kernel ends with: table rows, rounding to codes, activation, low-rank branch, residual, store.
+"""Device functions that every Triton kernel ends with: table rows, rounding to codes, activation, residual, store.
 
 Launchers pass enable_fp_fusion=False: a contracted multiply-add would differ from the contract in the last bit.
 """
@@ -36,15 +36,6 @@ def activate(y, ACTIVATION: tl.constexpr):
         # (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)): no library call
         y = y / (1.0 + tl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y)))
     return y
-
-
-@triton.jit
-def low_rank(down_ptr, up_ptr, offs_m, offs_n, m_ok, n_ok, RANK: tl.constexpr):
-    """Up-projection of a low-rank branch: down [M, RANK] x up [N, RANK] -> float32 [BM, BN]. RANK: a power of two, at least 16."""
-    offs_r = tl.arange(0, RANK)
-    down = tl.load(down_ptr + offs_m[:, None] * RANK + offs_r[None, :], mask=m_ok[:, None], other=0.0)
-    up = tl.load(up_ptr + offs_n[:, None] * RANK + offs_r[None, :], mask=n_ok[:, None], other=0.0).T
-    return tl.dot(down, up, out_dtype=tl.float32, input_precision="ieee")
 
 
 @triton.jit

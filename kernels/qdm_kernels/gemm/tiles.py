@@ -166,10 +166,15 @@ def _time(plan: Plan, m: int, n: int, k: int, count: int) -> float:
     return max(work, traffic * _OPS_PER_BYTE / count) + (_SECOND_KERNEL if splits > 1 else 0)
 
 
+def user_path() -> Path:
+    """Where the user's own measurements are kept: QDM_TUNED, else ~/.cache/qdm/tuned.json."""
+    return Path(os.environ.get("QDM_TUNED") or Path.home() / ".cache/qdm/tuned.json")
+
+
 @cache
 def user_file() -> Path | None:
-    """The user's own measurements: QDM_TUNED, else ~/.cache/qdm/tuned.json; None = there is none. Looked for once."""
-    path = Path(os.environ.get("QDM_TUNED") or Path.home() / ".cache/qdm/tuned.json")
+    """`user_path()` if there is such a file, looked for once."""
+    path = user_path()
     return path if path.is_file() else None
 
 

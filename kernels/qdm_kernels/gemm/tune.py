@@ -82,7 +82,7 @@ def conv(*sizes: tuple[int, int, int, int], side: int = 3) -> list[Problem]:
     return [Problem(bits, b * s * s, o, c, side, b) for b, c, s, o in sizes for bits in (8, 4)]
 
 
-# Layers of FLUX, SDXL, SD1.5, LDM-4 and DiT-XL/2 (README: Shapes), the most telling first.
+# Layers of FLUX, SDXL, SD1.5, LDM-4 and DiT-XL/2, the most telling first.
 SHAPES = [
     *linear((2048, 10240, 1280), (4608, 12288, 3072)),
     *conv((2, 320, 64, 320), (2, 640, 32, 640), (2, 1280, 16, 1280), (2, 1280, 8, 1280)),
@@ -319,7 +319,9 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     with torch.no_grad():
         for result in tuned(SHAPES[: given.first], device, given.seconds, given.workers):
-            report(result, time.monotonic() - started)
+            for name, fault in result["faults"].items():
+                print(f"    {name}: {fault}", file=sys.stderr, flush=True)
+            print(f"{line(result)} at {time.monotonic() - started:.0f} s", flush=True)
             if result["entry"] is not None:
                 entries.append(result["entry"])
             if given.log:
@@ -328,19 +330,16 @@ def main(arguments: list[str] | None = None) -> None:
             write(given.out, entries, device)
 
 
-def report(result: dict[str, Any], seconds: float) -> None:
-    """One line of a result, after its faults."""
-    for name, fault in result["faults"].items():
-        print(f"    {name}: {fault}", file=sys.stderr, flush=True)
+def line(result: dict[str, Any]) -> str:
+    """One result as one line of text."""
     e = result["entry"]
     if e is None:
-        print(f"{result['problem']}: no candidate is right", flush=True)
-        return
+        return f"{result['problem']}: no candidate is right: {result['faults']}"
     tops = 2 * result["rows"] * e["n"] * e["k"] / e["us"] / 1e6
     plan = Plan(Tile(**e["tile"]), e["splits"])
     size = f"{e['op']:12} {result['rows']:5} {e['n']:5} {e['k']:5}"
     times = f"{e['us']:8.2f} us {tops:6.0f} TOPS {e['ratio']:5.2f}x of bf16 {e['bf16_us']:8.2f}"
-    print(f"{size} {times}  {label(plan):24} at {seconds:.0f} s", flush=True)
+    return f"{size} {times}  {label(plan)}"
 
 
 if __name__ == "__main__":
