@@ -146,6 +146,8 @@ class DpConfig(RuleConfig):
     objective: Literal["squares", "sum", "minimax", "lexicographic"] = "squares"
     """What is smallest: the root of the sum of squares of the weighted errors (errors that do not align), their sum, the largest, or the
     sum among schedules with the smallest largest."""
+    refine: int = Field(12, ge=0)
+    """Trajectories spent on comparing plans by their measured error: those of other objectives, then with one full call moved."""
     mixed: bool = True
     """Segments may reuse different cuts."""
     predict: Literal["reuse", "linear"] = "reuse"

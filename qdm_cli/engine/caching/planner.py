@@ -106,6 +106,23 @@ def problem_of(spec: DpConfig, subject: Subject, errors: np.ndarray, weights: np
     )
 
 
+def objectives_plans(
+    spec: DpConfig, subject: Subject, measured: tuple[np.ndarray, np.ndarray], latency: Latency, limit_ms: float
+) -> list[dp.Plan]:
+    """The best plan of the recipe's objective first, then of the sum and of the root of the sum of squares.
+
+    Args:
+        measured: errors and weights, as `problem_of` takes them.
+    """
+    errors, weights = measured
+    own, plans = problem_of(spec, subject, errors, weights, latency), []
+    for objective in dict.fromkeys((spec.objective, "sum", "squares")):
+        problem = problem_of(spec.model_copy(update={"objective": objective}), subject, errors, weights, latency)
+        if (plan := dp.within(problem, limit_ms)) is not None:
+            plans.append(dp.evaluate(own, plan.refreshes, plan.cuts))
+    return plans
+
+
 def planned(plan: dp.Plan, curve: list[dp.Plan], spec: DpConfig, subject: Subject, latency: Latency) -> Schedule:
     """A found plan as a schedule, with the curve that it was chosen from."""
     schedule = schedule_from_refreshes(

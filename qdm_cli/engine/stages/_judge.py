@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from qdm_cli.engine.artifact import write_json
 from qdm_cli.engine.caching import dp, rules, verify
 from qdm_cli.engine.caching.config import CacheVerify, DpConfig
-from qdm_cli.engine.caching.drive import Loop, following
+from qdm_cli.engine.caching.drive import Loop, following, relative_error
 from qdm_cli.engine.caching.latency import Latency
-from qdm_cli.engine.caching.planner import Subject, planned
+from qdm_cli.engine.caching.planner import Subject, objectives_plans, planned, problem_of
+from qdm_cli.engine.caching.refine import Trials, refined
 from qdm_cli.engine.caching.schedule import Cut, Figures, Schedule, schedule_from_refreshes
 from qdm_cli.engine.errors import GateFailed
 from qdm_cli.engine.evaluation.images import PairedMetrics
@@ -118,6 +122,45 @@ def chosen_scores(spec: CacheVerify, own: verify.Samples, truth: verify.Samples)
 
 def _shown(values: dict[str, float | None]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None and name != "steps")
+
+
+def measured_best(
+    spec: DpConfig,
+    loop: Loop,
+    batches: list[tuple[int, int]],
+    subject: Subject,
+    measured: tuple[np.ndarray, np.ndarray],
+    latency: Latency,
+    limit_ms: float,
+    ctx: RunContext,
+) -> dp.Plan:
+    """The plan within `limit_ms` whose trajectories end nearest to the uncached ones; trials are kept for a run that continues.
+
+    Args:
+        batches: (first sample, samples) of the trajectories.
+        measured: errors and weights, as `problem_of` takes them.
+    """
+    truth: list[torch.Tensor] = []
+    path = ctx.resume / "trials.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    def error(plan: dp.Plan) -> float:
+        if not truth:
+            truth.extend(loop.run(start, count) for start, count in batches)
+        with following(loop, planned(plan, [], spec, subject, latency)):
+            found = [relative_error(loop.run(start, count), true) for (start, count), true in zip(batches, truth, strict=True)]
+        value = float(np.average(found, weights=[count for _, count in batches]))
+        stored.append([plan.refreshes, plan.cuts, value])
+        write_json(path, stored)
+        ctx.events.progress("plans compared", len(stored), spec.refine)
+        return value
+
+    problem, starts = problem_of(spec, subject, *measured, latency), objectives_plans(spec, subject, measured, latency, limit_ms)
+    trials = Trials(error, spec.refine, {(tuple(refreshes), tuple(cuts)): value for refreshes, cuts, value in stored})
+    best = refined(problem, starts, limit_ms, trials)
+    first = trials.errors[starts[0].refreshes, starts[0].cuts]
+    ctx.events.log(f"of {len(trials.errors)} plans the best has error {trials.error(best):.4f} on its own samples, the first {first:.4f}")
+    return best
 
 
 def of_quality(spec: DpConfig, models: Models, subject: Subject, curve: list[dp.Plan], latency: Latency, ctx: RunContext) -> Schedule:

@@ -46,7 +46,7 @@ from qdm_cli.engine.quant.state import STATE_FILE, read_state, write_state
 from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime.choice import default_mode
 from qdm_cli.engine.runtime.modules import pack_denoiser_
-from qdm_cli.engine.stages._judge import Models, Tables, of_quality, verified
+from qdm_cli.engine.stages._judge import Models, Tables, measured_best, of_quality, verified
 
 if TYPE_CHECKING:
     from qdm_cli.engine.artifact import Artifact
@@ -224,6 +224,9 @@ def plan(spec: DpConfig, models: Models, subject: Subject, latency: Latency, ctx
                 raise GateFailed(f"{text}, {uncached / curve[0].latency_ms:.2f}x. Allow longer intervals or cheaper cuts.")
             ctx.warn(text)
             found = curve[0]
+        elif spec.refine:
+            loop = replace(models.own if spec.plan_on == "deployed" else models.base, prompts=_prompts(spec.data.prompts))
+            found = measured_best(spec, loop, batches_of(spec), subject, (errors, weights), latency, limit, ctx)
         schedule = planned(found, curve, spec, subject, latency)
     else:
         schedule = of_quality(spec, models, subject, curve, latency, ctx)

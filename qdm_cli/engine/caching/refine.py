@@ -1,0 +1,83 @@
+"""The last word has the measured error: plans of several objectives, and plans with one full call moved, compared on real trajectories.
+
+The search adds up errors that were measured one by one. On a real trajectory they grow or cancel together, differently for every model,
+so which sum predicts best is not known beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qdm_cli.engine.caching import dp
+
+Key = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass
+class Trials:
+    """Measured errors by schedule, at most `limit` of them.
+
+    Attributes:
+        measure: plan -> error on real trajectories.
+    """
+
+    measure: Callable[[dp.Plan], float]
+    limit: int
+    errors: dict[Key, float] = field(default_factory=dict)
+
+    @property
+    def left(self) -> int:
+        return self.limit - len(self.errors)
+
+    def error(self, plan: dp.Plan) -> float:
+        """Measured once per schedule."""
+        if _key(plan) not in self.errors:
+            self.errors[_key(plan)] = self.measure(plan)
+        return self.errors[_key(plan)]
+
+    def knows(self, plan: dp.Plan) -> bool:
+        return _key(plan) in self.errors
+
+
+def _key(plan: dp.Plan) -> Key:
+    return plan.refreshes, plan.cuts
+
+
+def refined(problem: dp.Problem, starts: Sequence[dp.Plan], latency_ms: float, trials: Trials) -> dp.Plan:
+    """The best measured plan: first among `starts`, then step by step among its neighbours, until no trial is left or none is better.
+
+    Neighbours are tried by their predicted cost.
+    """
+    chosen = {_key(plan): plan for plan in starts}
+    best = min(list(chosen.values())[: trials.limit], key=trials.error)
+    while trials.left > 0:
+        tried = [plan for plan in sorted(neighbours(problem, best, latency_ms), key=lambda plan: plan.cost) if not trials.knows(plan)]
+        better = next((plan for plan in tried if trials.left > 0 and trials.error(plan) < trials.error(best)), None)
+        if better is None:
+            break
+        best = better
+    return best
+
+
+def neighbours(problem: dp.Problem, plan: dp.Plan, latency_ms: float) -> Iterator[dp.Plan]:
+    """Plans with one full call a step earlier or later, or one segment on another cut, that keep the constraints and the time."""
+    for index in range(1, len(plan.refreshes)):
+        for shift in (-1, 1):
+            moved = list(plan.refreshes)
+            moved[index] += shift
+            if moved[index - 1] < moved[index] < ([*moved[1:], problem.calls])[index]:
+                yield from _kept(problem, moved, plan.cuts, latency_ms)
+    for index in range(len(plan.refreshes) if problem.mixed else 0):
+        for cut in range(problem.drift.shape[0]):
+            if cut != plan.cuts[index]:
+                yield from _kept(problem, plan.refreshes, [*plan.cuts[:index], cut, *plan.cuts[index + 1 :]], latency_ms)
+
+
+def _kept(problem: dp.Problem, refreshes: Sequence[int], cuts: Sequence[int], latency_ms: float) -> Iterator[dp.Plan]:
+    allowed = problem.starts is None or all(call == 0 or call in problem.starts or call in problem.forced for call in refreshes)
+    found = dp.evaluate(problem, tuple(refreshes), tuple(cuts))
+    if allowed and np.isfinite(found.cost) and found.latency_ms <= latency_ms * (1 + 1e-12):
+        yield found

@@ -1,0 +1,51 @@
+"""Plans compared by measured error: neighbours keep every constraint, trials are bounded, and the result is never worse than the starts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qdm_cli.engine.caching import dp
+from qdm_cli.engine.caching.refine import Trials, neighbours, refined
+
+
+def problem_of(calls: int = 12, cuts: int = 2, seed: int = 0, **more: object) -> dp.Problem:
+    rng = np.random.default_rng(seed)
+    drift = np.cumsum(rng.uniform(0.1, 1, (cuts, calls, 6)), axis=2) * np.linspace(1, 0.4, cuts)[:, None, None]
+    drift[:, :, 0] = 0
+    return dp.Problem(drift=drift, weights=rng.uniform(0.5, 2, calls), full_ms=10.0, partial_ms=np.array([1.0, 4.0])[:cuts], **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"forced": frozenset({11})}, {"starts": frozenset(range(0, 12, 2))}], ids=["free", "forced", "aligned"]
+)
+def test_neighbours_differ_in_one_place_and_keep_the_constraints(more: dict[str, object]) -> None:
+    problem = problem_of(**more)
+    plan = dp.within(problem, 80.0)
+    assert plan is not None
+    found = list(neighbours(problem, plan, 80.0))
+    for other in found:
+        moved = sum(a != b for a, b in zip(plan.refreshes, other.refreshes, strict=True))
+        recut = sum(a != b for a, b in zip(plan.cuts, other.cuts, strict=True))
+        assert moved + recut == 1 and other.latency_ms <= 80.0
+        assert other == dp.evaluate(problem, other.refreshes, other.cuts) and np.isfinite(other.cost)
+        assert problem.starts is None or set(other.refreshes) <= problem.starts
+    assert found or "starts" in more
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 100])
+def test_the_best_measured_plan_within_the_trials(limit: int) -> None:
+    """The measured error prefers full calls late, which no start has."""
+    problem = problem_of()
+    starts = [plan for plan in (dp.within(problem, 80.0), dp.within(problem, 60.0)) if plan is not None]
+    asked: list[dp.Plan] = []
+
+    def measure(plan: dp.Plan) -> float:
+        asked.append(plan)
+        return float(1 / (1 + sum(plan.refreshes)))
+
+    best = refined(problem, starts, 80.0, Trials(measure, limit))
+    assert len(asked) <= max(limit, 1) and len({(plan.refreshes, plan.cuts) for plan in asked}) == len(asked)
+    assert measure(best) == min(map(measure, [*asked]))
+    if limit == 100:
+        assert all(measure(other) >= measure(best) for other in neighbours(problem, best, 80.0))
