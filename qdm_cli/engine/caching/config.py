@@ -152,7 +152,7 @@ class DpConfig(RuleConfig):
     """Segments may reuse different cuts."""
     predict: Literal["reuse", "linear"] = "reuse"
     """linear: extrapolate the reused tensor from the last two full calls, at the steps where that is measured to be nearer."""
-    correction: Literal["dec", "none"] = "none"
+    correction: Literal["dec", "none"] = "dec"
     """dec: per step and channel, scale and shift reused tensors as least squares say (CacheQuant's DEC)."""
     latency_batch: int = Field(1, ge=1)
     """Samples per call when latency is measured."""

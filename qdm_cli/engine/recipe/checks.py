@@ -135,7 +135,7 @@ def _cache(recipe: Recipe) -> Iterator[Finding]:
                 ("cache", "budget"), f"needs exactly one of speedup, latency_ms, latent_error, psnr (got {', '.join(given) or 'none'})"
             )
         if cache.predict == "linear" and cache.correction != "none":
-            yield Finding(("cache", "predict"), "linear cannot be combined with a correction, which is fitted to plain reuse")
+            yield Finding(("cache", "predict"), "linear needs correction none: corrections are fitted to plain reuse")
         if cache.cuts == ():
             yield Finding(("cache", "cuts"), "names no cut; write auto for the defaults")
         if cache.max_interval > steps:

@@ -235,7 +235,7 @@ def plan(spec: DpConfig, models: Models, subject: Subject, latency: Latency, ctx
     write_plots(errors, schedule, subject, uncached, ctx)
     provenance = schedule.provenance.model_copy(update={"profile_sha256": hash_file(ctx.payload / profile.PROFILE_FILE)})
     schedule = schedule.model_copy(update={"provenance": provenance})
-    return corrected(spec, models.own, schedule, ctx) if spec.correction == "dec" else schedule
+    return corrected(spec, models.own, schedule, ctx) if spec.correction == "dec" and spec.predict == "reuse" else schedule
 
 
 def profiled(spec: DpConfig, models: Models, subject: Subject, ctx: RunContext) -> np.ndarray:

@@ -25,7 +25,7 @@ from qdm_cli.engine.stages import cache as stage
 MANIFEST = Manifest(schema=1, kind="calibrated", stage="calibrate", key="k", digest="d", files={}, layers=[{"name": "conv_in"}])
 STEPS = 10
 PLAIN: dict[str, Any] = {"verify": None}
-SMALL = {"data": {"samples": 1, "batch": 1}, "rollouts": 2, "max_interval": 3, "cuts": [1, 2]}
+SMALL = {"data": {"samples": 1, "batch": 1}, "rollouts": 2, "max_interval": 4, "cuts": [1, 2], "refine": 2, "correction": "none"}
 FEW = {"samples": 1, "batch": 1, "baseline": "none"}
 
 
@@ -175,10 +175,10 @@ class TestPlanning:
         bench = Bench(tmp_path, {"method": "dp", "budget": {"speedup": 1.4}, **PLAIN, **SMALL, **section})
         bench.run()
         assert bench.schedule.predicted is not None
-        assert max(b - a for a, b in zip(bench.schedule.refreshes, [*bench.schedule.refreshes[1:], STEPS], strict=True)) <= 3
+        assert max(b - a for a, b in zip(bench.schedule.refreshes, [*bench.schedule.refreshes[1:], STEPS], strict=True)) <= 4
 
     def test_corrections_lie_beside_the_schedule(self, tmp_path: Path) -> None:
-        bench = Bench(tmp_path, {"method": "dp", "correction": "dec", **PLAIN, **SMALL})
+        bench = Bench(tmp_path, {"method": "dp", **PLAIN, **SMALL, "correction": "dec"})
         bench.run()
         named = bench.schedule.corrections
         assert named is not None and named.sha256 == hash_file(bench.ctx.payload / named.file)
