@@ -25,6 +25,9 @@ from qdm_cli.engine.caching.schedule import (
 )
 from qdm_cli.engine.errors import InputError
 
+FLATTER = 0.75
+"""Power of weights that are taken to overstate early steps: later ones correct part of an early error."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -106,21 +109,34 @@ def problem_of(spec: DpConfig, subject: Subject, errors: np.ndarray, weights: np
     )
 
 
-def objectives_plans(
+def starting_plans(
     spec: DpConfig, subject: Subject, measured: tuple[np.ndarray, np.ndarray], latency: Latency, limit_ms: float
 ) -> list[dp.Plan]:
-    """The best plan of the recipe's objective first, then of the sum and of the root of the sum of squares.
+    """Plans worth a trajectory: the best by the recipe's objective, by other objectives, and the uniform schedule that fits in.
 
     Args:
         measured: errors and weights, as `problem_of` takes them.
     """
     errors, weights = measured
-    own, plans = problem_of(spec, subject, errors, weights, latency), []
-    for objective in dict.fromkeys((spec.objective, "sum", "squares")):
-        problem = problem_of(spec.model_copy(update={"objective": objective}), subject, errors, weights, latency)
+    own, found = problem_of(spec, subject, errors, weights, latency), []
+    for objective, power in dict.fromkeys([(spec.objective, 1.0), ("sum", 1.0), ("squares", 1.0), ("sum", FLATTER)]):
+        problem = problem_of(spec.model_copy(update={"objective": objective}), subject, errors, weights**power, latency)
         if (plan := dp.within(problem, limit_ms)) is not None:
-            plans.append(dp.evaluate(own, plan.refreshes, plan.cuts))
-    return plans
+            found.append(dp.evaluate(own, plan.refreshes, plan.cuts))
+    return [*found, *_uniform_within(own, subject, limit_ms)]
+
+
+def _uniform_within(problem: dp.Problem, subject: Subject, limit_ms: float) -> list[dp.Plan]:
+    """The uniform schedule of least predicted cost among those that keep constraints and time; empty = none does."""
+    of_call = subject.sampler.step_of_call
+    fitting = []
+    for interval in range(2, of_call[-1] + 2):
+        refreshes = rules.to_calls(rules.uniform(of_call[-1] + 1, interval), of_call)
+        for cut in range(len(subject.cuts)):
+            plan = dp.evaluate(problem, refreshes, (cut,) * len(refreshes))
+            if plan.latency_ms <= limit_ms and math.isfinite(plan.cost):
+                fitting.append(plan)
+    return sorted(fitting, key=lambda plan: plan.cost)[:1]
 
 
 def planned(plan: dp.Plan, curve: list[dp.Plan], spec: DpConfig, subject: Subject, latency: Latency) -> Schedule:

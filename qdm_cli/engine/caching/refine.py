@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -63,13 +64,17 @@ def refined(problem: dp.Problem, starts: Sequence[dp.Plan], latency_ms: float, t
 
 
 def neighbours(problem: dp.Problem, plan: dp.Plan, latency_ms: float) -> Iterator[dp.Plan]:
-    """Plans with one full call a step earlier or later, or one segment on another cut, that keep the constraints and the time."""
+    """Plans with one full call moved by a call or added, or one segment on another cut, that keep the constraints and the time."""
     for index in range(1, len(plan.refreshes)):
         for shift in (-1, 1):
             moved = list(plan.refreshes)
             moved[index] += shift
             if moved[index - 1] < moved[index] < ([*moved[1:], problem.calls])[index]:
                 yield from _kept(problem, moved, plan.cuts, latency_ms)
+    for index, (start, end) in enumerate(pairwise([*plan.refreshes, problem.calls])):
+        for call in range(start + 1, end):
+            refreshes = [*plan.refreshes[: index + 1], call, *plan.refreshes[index + 1 :]]
+            yield from _kept(problem, refreshes, [*plan.cuts[: index + 1], *plan.cuts[index:]], latency_ms)
     for index in range(len(plan.refreshes) if problem.mixed else 0):
         for cut in range(problem.drift.shape[0]):
             if cut != plan.cuts[index]:

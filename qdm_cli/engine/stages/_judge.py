@@ -15,7 +15,7 @@ from qdm_cli.engine.caching import dp, rules, verify
 from qdm_cli.engine.caching.config import CacheVerify, DpConfig
 from qdm_cli.engine.caching.drive import Loop, following, relative_error
 from qdm_cli.engine.caching.latency import Latency
-from qdm_cli.engine.caching.planner import Subject, objectives_plans, planned, problem_of
+from qdm_cli.engine.caching.planner import Subject, planned, problem_of, starting_plans
 from qdm_cli.engine.caching.refine import Trials, refined
 from qdm_cli.engine.caching.schedule import Cut, Figures, Schedule, schedule_from_refreshes
 from qdm_cli.engine.errors import GateFailed
@@ -155,7 +155,7 @@ def measured_best(
         ctx.events.progress("plans compared", len(stored), spec.refine)
         return value
 
-    problem, starts = problem_of(spec, subject, *measured, latency), objectives_plans(spec, subject, measured, latency, limit_ms)
+    problem, starts = problem_of(spec, subject, *measured, latency), starting_plans(spec, subject, measured, latency, limit_ms)
     trials = Trials(error, spec.refine, {(tuple(refreshes), tuple(cuts)): value for refreshes, cuts, value in stored})
     best = refined(problem, starts, limit_ms, trials)
     first = trials.errors[starts[0].refreshes, starts[0].cuts]
