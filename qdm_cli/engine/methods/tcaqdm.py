@@ -100,6 +100,8 @@ class TcaqDmConfig(CalibrateConfig):
     """Rounding of the weights, learnt together with the step sizes on quantized inputs."""
     activations: StepConfig = StepConfig()
     """Step sizes of the activations."""
+    bias_lr: float = Field(0.0, ge=0)
+    """Rate of the biases, which are learnt with the rest, cosine to 0; 0 = they stay (nothing is known of the paper)."""
     softmax: SoftmaxConfig = SoftmaxConfig()
     """Probabilities of attention (DAQ)."""
     aligned: AlignedConfig = AlignedConfig()
@@ -164,8 +166,10 @@ def _plan(cfg: TcaqDmConfig, ctx: RunContext) -> AlignedPlan:
         calibration_steps=cfg.calibration_steps,
         samples_per_step=cfg.samples_per_step,
         memory=cfg.memory,
-        joint=JointSettings(rounding, step_lr),
-        aligned=JointSettings(replace(rounding, iterations=max(1, round(aligned.share * rounding.iterations))), step_lr, keep=aligned.keep),
+        joint=JointSettings(rounding, step_lr, cfg.bias_lr),
+        aligned=JointSettings(
+            replace(rounding, iterations=max(1, round(aligned.share * rounding.iterations))), step_lr, cfg.bias_lr, keep=aligned.keep
+        ),
         rounds=min(1, aligned.rounds) if ctx.smoke else aligned.rounds,
         round_samples=min(2, aligned.samples) if ctx.smoke else aligned.samples,
         held_out=min(2, aligned.held_out) if ctx.smoke else aligned.held_out,

@@ -32,18 +32,20 @@ class JointSettings:
     Attributes:
         rounding: also says how many updates there are, of how many samples.
         step_lr: rate of the logarithm of a step size, cosine to 0.
+        bias_lr: rate of the biases, cosine to 0; 0 = they stay.
         exponent: of the output error.
         keep: share of the codes found so far in the rounding to start from; 0 = the float weight, 1 = those codes.
     """
 
     rounding: RoundingSettings
     step_lr: float
+    bias_lr: float = 0.0
     exponent: float = 2.0
     keep: float = 0.0
 
 
 class JointFit:
-    """Rounding of every weight and step size of every static activation of a unit; zero points stay.
+    """Rounding of every weight and step size of every static activation of a unit, and its biases where asked; zero points stay.
 
     Args:
         layers: codes and tables to start from; learnt ones replace theirs in `self.layers`.
@@ -68,9 +70,10 @@ class JointFit:
         self.settle(unit, start)
         before = self._error(unit, data)
         weights, scales = self._soften(unit)
-        self._optimise(unit, weights, scales, data)
+        biases = self._free_biases(unit)
+        self._optimise(unit, weights, scales, biases, data)
         undecided = [weight.undecided().flatten() for weight in weights.values()]
-        learnt = self._tensors({name: self._learnt(name, weights, scales) for name in unit.layers})
+        learnt = self._tensors({name: self._learnt(name, weights, scales, biases) for name in unit.layers})
         self.settle(unit, learnt)
         after = self._error(unit, data)
         better = after < before  # false for NaN
@@ -89,7 +92,7 @@ class JointFit:
 
     @staticmethod
     def _keys(state: LayerState) -> tuple[str, ...]:
-        return ("codes",) if state.act_scale is None else ("codes", "act_scale")
+        return tuple(key for key in ("codes", "act_scale", "bias") if getattr(state, key) is not None)
 
     def _tensors(self, layers: dict[str, LayerState]) -> dict[str, torch.Tensor]:
         return {f"{name}:{key}": getattr(state, key) for name, state in layers.items() for key in self._keys(state)}
@@ -119,13 +122,30 @@ class JointFit:
                 layer.scales.zero_point.requires_grad_(False)
         return weights, scales
 
-    def _optimise(self, unit: Unit, weights: dict[str, RoundedWeight], scales: dict[str, StepScales], data: UnitData) -> None:
+    def _free_biases(self, unit: Unit) -> dict[str, torch.nn.Parameter]:
+        if not self.settings.bias_lr:
+            return {}
+        layers = {name: cast(QuantizedLayer, self.pair.student.get_submodule(name)) for name in unit.layers}
+        return {name: layer.bias.requires_grad_(True) for name, layer in layers.items() if layer.bias is not None}
+
+    def _optimise(
+        self,
+        unit: Unit,
+        weights: dict[str, RoundedWeight],
+        scales: dict[str, StepScales],
+        biases: dict[str, torch.nn.Parameter],
+        data: UnitData,
+    ) -> None:
         s, module = self.settings, self.pair.student.get_submodule(unit.name)
         optimizers: list[torch.optim.Optimizer] = []
+        falling: list[tuple[torch.optim.Optimizer, float]] = []  # with the rate that falls along a cosine
         if weights:
             optimizers.append(torch.optim.Adam([weight.v for weight in weights.values()], lr=s.rounding.lr))
         if scales:  # rows of a step table that are not in the minibatch must not move
-            optimizers.append(RowAdam([table.log_scale for table in scales.values()], lr=s.step_lr))
+            falling.append((RowAdam([table.log_scale for table in scales.values()], lr=s.step_lr), s.step_lr))
+        if biases:
+            falling.append((torch.optim.Adam(list(biases.values()), lr=s.bias_lr), s.bias_lr))
+        optimizers += [optimizer for optimizer, _ in falling]
         schedule, rng = BetaSchedule(s.rounding.iterations, s.rounding.warmup), unit_rng(self.seed, unit)
         for iteration in range(s.rounding.iterations):
             minibatch = data.batch(data.draw(s.rounding.batch, rng), self.pair.device)
@@ -134,18 +154,22 @@ class JointFit:
             if beta is not None and weights:
                 penalties = torch.stack([rounding_penalty(weight.h(), beta) for weight in weights.values()])
                 loss = loss + s.rounding.penalty * penalties.sum()
-            if scales:
-                optimizers[-1].param_groups[0]["lr"] = s.step_lr * 0.5 * (1 + math.cos(math.pi * iteration / s.rounding.iterations))
+            for optimizer, lr in falling:
+                optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * iteration / s.rounding.iterations))
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             for optimizer in optimizers:
                 optimizer.step()
 
-    def _learnt(self, name: str, weights: dict[str, RoundedWeight], scales: dict[str, StepScales]) -> LayerState:
+    def _learnt(
+        self, name: str, weights: dict[str, RoundedWeight], scales: dict[str, StepScales], biases: dict[str, torch.nn.Parameter]
+    ) -> LayerState:
         state = self.layers[name]
         if name in weights:
             state = replace(state, codes=weights[name].hard_codes().cpu())
+        if name in biases:
+            state = replace(state, bias=biases[name].detach().cpu().clone())
         return replace(state, act_scale=scales[name].tables()[0].detach().cpu().clone()) if name in scales else state
 
     def _error(self, unit: Unit, data: UnitData) -> float:

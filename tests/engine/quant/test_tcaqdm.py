@@ -284,11 +284,15 @@ class TestMethod:
         assert same_state(before, state)
 
     def test_the_same_again_after_a_cut(self, tmp_path):
-        _, whole, ctx = calibrated(tmp_path, config())
-        for path in [*ctx.resume.glob("joint-000[3-9]*"), *ctx.resume.glob("round-*")]:
-            path.unlink() if path.is_file() else None
+        cfg = config(bias_lr=1e-3)
+        model, whole, ctx = calibrated(tmp_path, cfg)
+        for path in [*ctx.resume.glob("joint-000[3-9].safetensors"), *ctx.resume.glob("round-*.safetensors")]:
+            path.unlink()
         assert len(list(ctx.resume.glob("joint-*.safetensors"))) == 3
-        assert same_state(whole, calibrated(tmp_path, config())[1])
+        again = calibrated(tmp_path, cfg)[1]
+        assert same_state(whole, again)
+        assert all(torch.equal(layer.bias, again.layers[name].bias) for name, layer in whole.layers.items())
+        assert not torch.equal(whole.layers["blocks.0.second"].bias, model.blocks[0].second.bias)
 
     def test_a_model_that_is_off_names_the_first_bad_unit(self, tmp_path):
         with pytest.raises(GateFailed, match=r"off by .* The first unit that is off is \w+"):
