@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdm_cli.engine.bench.denoisers import every_core, quantized_state, seeded_inputs
+from qdm_cli.engine.bench.denoisers import packed_twin, quantized_state, seeded_inputs
 from qdm_cli.engine.bench.machine import describe, device_name, native_dtype, now
 from qdm_cli.engine.bench.run import write_report
 from qdm_cli.engine.bench.timing import time_calls
-from qdm_cli.engine.models.published import CONFIGS, build_published
-from qdm_cli.engine.runtime.modules import pack_denoiser_
+from qdm_cli.engine.models.published import CONFIGS, build_published_on
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("sample", "timestep", "encoder_hidden_states")
@@ -51,7 +50,7 @@ def quantize(work: Path, batch: int, side: int) -> None:
     import nncf
     import openvino
 
-    denoiser = build_published("sd15").eval().requires_grad_(False)
+    denoiser = build_published_on("sd15", "cpu", torch.float32)
     call = tuple(example(denoiser, batch, side).values())
     model = openvino.convert_model(_Positional(denoiser), example_input=call, input=[tuple(t.shape) for t in call])
     del denoiser
@@ -73,13 +72,10 @@ def compiled(work: Path, call: dict[str, Tensor], precision: str) -> Callable[[]
 @torch.no_grad()
 def measure(work: Path, batch: int, side: int, rounds: int) -> dict[str, Any]:
     """One row: fp32 (and bf16 where native), qdm W8A8 in mode auto, OpenVINO int8; interleaved."""
-    with every_core():
-        denoiser = build_published("sd15").eval().requires_grad_(False)
-        call = example(denoiser, batch, side)
-        state = quantized_state(denoiser, call, 8)
-        want = denoiser(**call).sample
-        packed = build_published("sd15").eval().requires_grad_(False)
-        pack_denoiser_(packed, state, mode="auto")
+    denoiser = build_published_on("sd15", "cpu", torch.float32)
+    call = example(denoiser, batch, side)
+    packed = packed_twin("sd15", denoiser, quantized_state(denoiser, call, 8))
+    want = denoiser(**call).sample
     eager = denoiser.to(memory_format=torch.channels_last)
     calls: dict[str, Callable[[], Tensor]] = {"float": lambda: eager(**call).sample, "auto": lambda: packed(**call).sample}
     native = native_dtype("cpu") == torch.bfloat16

@@ -1,7 +1,7 @@
 """Attention on CPUs with native bfloat16: torch's own kernel where tiles (AMX) multiply, else products over blocks of queries.
 
-With AVX512-BF16 alone torch's kernel takes 271 ms for L = 4096, d = 40, 16 heads on two cores, and a loop of this kind 164 ms
-(specification 2.3).
+L = 4096, d = 40, 16 heads, two threads: with AVX512-BF16 alone torch's kernel takes 271 ms and a loop of this kind 164 ms (specification
+2.3); on a busy Xeon with AMX 342 ms against 472 ms, and 526 ms in float32.
 """
 
 import torch

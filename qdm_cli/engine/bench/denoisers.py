@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qdm_cli.engine.bench.layers import Settings, clock_key
 from qdm_cli.engine.bench.profile import operator_times
 from qdm_cli.engine.bench.timing import time_calls
 from qdm_cli.engine.errors import InputError
-from qdm_cli.engine.models.published import CONFIGS, build_published
+from qdm_cli.engine.models.published import CONFIGS, build_published, build_published_on
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
-from qdm_cli.engine.quant.calibration import RangeRule, code_layer
 from qdm_cli.engine.quant.config import ActivationPolicy, QuantizeSpec, WeightPolicy
 from qdm_cli.engine.quant.grid import IntGrid, QParams, choose_qparams
 from qdm_cli.engine.quant.rules import resolve
-from qdm_cli.engine.quant.state import QuantState
+from qdm_cli.engine.quant.state import LayerDecision, LayerState, QuantState
 from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_
 
+Say = Callable[[str], None]
 MEMORY_FACTOR = 2.7  # float model, its packed copy, and layers of it that run in floating point
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def quantized_state(denoiser: nn.Module, call: dict[str, Any], bits: int) -> QuantState:
@@ -47,7 +49,32 @@ def quantized_state(denoiser: nn.Module, call: dict[str, Any], bits: int) -> Qua
     denoiser(**call)
     for handle in handles:
         handle.remove()
-    return QuantState({d.name: code_layer(denoiser.get_submodule(d.name), d, RangeRule("max"), ranges.get(d.name)) for d in decisions})
+    return QuantState({d.name: _coded(denoiser.get_submodule(d.name), d, ranges.get(d.name)) for d in decisions})
+
+
+def _coded(layer: nn.Module, decision: LayerDecision, inputs: QParams | None) -> LayerState:
+    """Symmetric codes of one layer by the largest weight of each output: what calibration's `max` gives, in three passes."""
+    weight = cast(Tensor, layer.weight).detach().float()
+    flat = weight.flatten(1)
+    scale = torch.maximum(flat.amax(1), -flat.amin(1)).clamp_min(1e-12) / (2 ** (decision.bits_w - 1) - 1)
+    codes = (weight / scale.view(-1, *[1] * (weight.ndim - 1))).round_().to(torch.int8)
+    zero, bias = torch.zeros_like(scale, dtype=torch.int8), cast(Tensor | None, layer.bias)
+    bias = None if bias is None else bias.detach().float()
+    if inputs is None:
+        return LayerState(decision, codes, scale, zero, bias)
+    return LayerState(decision, codes, scale, zero, bias, inputs.scale.float(), inputs.zero_point.to(torch.int8))
+
+
+def packed_twin(name: str, denoiser: nn.Module, state: QuantState) -> nn.Module:
+    """The packed form of a denoiser of `CONFIGS[name]`, which shares with it whatever is not quantized."""
+    with torch.device("meta"):
+        twin = build_published(name).eval().requires_grad_(False)
+    pack_denoiser_(twin, state, mode="auto")
+    for path, value in [*twin.named_parameters(), *twin.named_buffers()]:
+        if value.device.type == "meta":
+            parent, _, leaf = path.rpartition(".")
+            setattr(twin.get_submodule(parent), leaf, denoiser.get_submodule(parent).__getattr__(leaf))
+    return twin
 
 
 def seeded_inputs(denoiser: nn.Module, batch: int, side: int) -> dict[str, Any]:
@@ -55,17 +82,6 @@ def seeded_inputs(denoiser: nn.Module, batch: int, side: int) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return example_inputs(denoiser, CallShape(batch, batch, (side, side)), "cpu")
-
-
-@contextmanager
-def every_core() -> Iterator[None]:
-    """Prepare on all cores of the process, whatever number of threads is measured."""
-    measured = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(measured)
 
 
 def memory_problem(name: str, device: str) -> str | None:
@@ -78,8 +94,8 @@ def memory_problem(name: str, device: str) -> str | None:
 
 
 @torch.no_grad()
-def measure_denoiser(name: str, bits: int, settings: Settings, *, batch: int = 2) -> dict[str, Any]:
-    """The JSON object of one denoiser; one that does not fit in memory is reported as skipped.
+def measure_denoiser(name: str, bits: int, settings: Settings, *, batch: int = 2, say: Say = _silent) -> dict[str, Any]:
+    """The JSON object of one denoiser; one that does not fit in memory is reported as skipped. say: takes a line after each part.
 
     The relative error is of this forward, random weights and ranges of this very input: a check of arithmetic, not of quality.
 
@@ -95,19 +111,22 @@ def measure_denoiser(name: str, bits: int, settings: Settings, *, batch: int = 2
         "format": f"w{bits}a8",
         "parameters": CONFIGS[name].parameters,
     }
+    cpu = settings.device == "cpu"  # where every call of the gate was a warm-up
     if problem := memory_problem(name, settings.device):
         return row | {"gate": "skipped", "why": problem}
-    with every_core():
-        denoiser = build_published(name).eval().requires_grad_(False)
-        call = seeded_inputs(denoiser, batch, CONFIGS[name].side)
-        packed = copy.deepcopy(denoiser)
-        pack_denoiser_(packed, quantized_state(denoiser, call, bits), mode="auto")
-        models = {"float": denoiser.to(settings.device, memory_format=torch.channels_last), "auto": packed.to(settings.device)}
-        calls, error = _calls(models, call, settings)
+    denoiser = build_published_on(name, "cpu", torch.float32)
+    call = seeded_inputs(denoiser, batch, CONFIGS[name].side)
+    say(f"{name}: built")
+    packed = packed_twin(name, denoiser, quantized_state(denoiser, call, bits))
+    say(f"{name}: packed")
+    models = {"float": denoiser.to(settings.device, memory_format=torch.channels_last), "auto": packed.to(settings.device)}
+    calls, error = _calls(models, call, settings)
+    say(f"{name}: relative error {error:.3f}")
     row |= {"gate": "passed" if error < 0.5 else "failed", "relative_error": error, "layers": count_layers(packed)}
     if row["gate"] == "failed":
         return row
-    times = time_calls(calls, buffers=1, device=settings.device, rounds=settings.rounds, warm_up=1)
+    seen = lambda who, seconds: say(f"{name} {row['format']} {who}: {seconds * 1e3:.0f} ms")  # noqa: E731
+    times = time_calls(calls, buffers=1, device=settings.device, rounds=settings.rounds, warm_up=0 if cpu else 1, seen=seen)
     base = times["float"][clock_key(settings.device)]
     if settings.profile:
         ours = [name for name in calls if name.startswith("auto")]

@@ -65,7 +65,7 @@ def run_bench(plan: BenchPlan, out: Path | None, say: Say) -> dict[str, Any]:
     roof = roof_of(plan.device)
     report = {**describe(plan.device), "started": now(), "roof": asdict(roof)}
     path = None if out is None else out / device_name(plan.device) / ("layers.json" if plan.layers else "denoisers.json")
-    for row in _rows(plan, shapes, roof):
+    for row in _rows(plan, shapes, roof, say):
         report["rows"].append(row)
         say(line_of(row))
         if path is not None:
@@ -73,7 +73,7 @@ def run_bench(plan: BenchPlan, out: Path | None, say: Say) -> dict[str, Any]:
     return report | ({} if path is None else {"path": str(path)})
 
 
-def _rows(plan: BenchPlan, shapes: tuple[LayerShape, ...], roof: Any) -> Iterator[dict[str, Any]]:
+def _rows(plan: BenchPlan, shapes: tuple[LayerShape, ...], roof: Any, say: Say) -> Iterator[dict[str, Any]]:
     gpu = plan.device.startswith("cuda")
     settings = Settings(plan.device, native_dtype(plan.device), plan.rounds or (100 if gpu else 20), plan.compiled, plan.peers)
     if plan.layers:
@@ -85,7 +85,7 @@ def _rows(plan: BenchPlan, shapes: tuple[LayerShape, ...], roof: Any) -> Iterato
         whole = Settings(plan.device, settings.float_dtype, rounds, plan.compiled, peers=False, profile=plan.profile)
         for name in dict.fromkeys(shape.model for shape in shapes if shape.model in MODELS):
             for bits in plan.bits:
-                yield measure_denoiser(name, bits, whole)
+                yield measure_denoiser(name, bits, whole, say=say)
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

@@ -31,8 +31,10 @@ def summarise(seconds: Sequence[float]) -> dict[str, float]:
     return {"median_ms": quantile(0.5), "p10_ms": quantile(0.1), "p90_ms": quantile(0.9), "best_ms": ordered[0] * 1e3}
 
 
-def time_calls(calls: dict[str, Call], *, buffers: int, device: str, rounds: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
-    """Times of each call, interleaved, so that a busy machine slows all alike.
+def time_calls(
+    calls: dict[str, Call], *, buffers: int, device: str, rounds: int, warm_up: int = 2, seen: Callable[[str, float], None] | None = None
+) -> dict[str, dict[str, float]]:
+    """Times of each call, interleaved, so that a busy machine slows all alike. seen: takes name and seconds of every call that counts.
 
     On CUDA every call is captured once as a graph of `CALLS_PER_REPLAY` launches over the rotated buffers, and replays are timed by events.
     """
@@ -43,6 +45,8 @@ def time_calls(calls: dict[str, Call], *, buffers: int, device: str, rounds: int
             spent = one()
             if turn >= warm_up:
                 seconds[name].append(spent)
+                if seen is not None:
+                    seen(name, spent)
     return {name: summarise(times) for name, times in seconds.items()}
 
 
