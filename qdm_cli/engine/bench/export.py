@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.artifact import MANIFEST, open_artifact
+from qdm_cli.engine.bench.layers import kernel_of
 from qdm_cli.engine.bench.machine import describe, now
 from qdm_cli.engine.bench.timing import time_calls
 from qdm_cli.engine.errors import InputError
@@ -83,7 +84,7 @@ def layer_groups(denoiser: nn.Module) -> list[dict[str, Any]]:
             s = layer.spec
             size = f"{s.terms}x{s.outputs}"
             for choice in layer.choices():
-                kernel = f"{layer.prepared.backend} {layer.prepared.strategy}" if choice.kernel == "integer" else "float"
+                kernel = kernel_of(layer, choice)
                 groups[s.kind, size, f"W{s.bits_w}" + (f"A{s.bits_a}" if s.bits_a else ""), kernel, choice.why_not or ""] += 1
     keys = ("type", "shape", "bits", "kernel", "why_not")
     return [{**dict(zip(keys, group, strict=True)), "count": count} for group, count in groups.most_common()]

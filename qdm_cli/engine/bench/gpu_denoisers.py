@@ -314,6 +314,7 @@ def measure_on_gpu(name: str, bench: GpuBench, say: Callable[[str], None] = prin
     row["memory"] |= {"packed_allocated": torch.cuda.memory_allocated() - before, **quantized_memory(model)}
     row["rows"], row["gate"] = step.rows, "failed"
     for fused in (True, False):
+        call["timestep"].fill_(float(timesteps[0]) / 2)
         fuse_gpu_blocks_(model, enabled=fused)
         name_of = "qdm" if fused else "unfused"
         try:

@@ -14,6 +14,7 @@ from qdm_cli.engine.bench.peers import peer_calls
 from qdm_cli.engine.bench.roofline import Roof, expected_h100_s, roofline_s
 from qdm_cli.engine.bench.shapes import LayerShape
 from qdm_cli.engine.bench.timing import buffer_count, time_calls
+from qdm_cli.engine.runtime.choice import Choice
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_cli.engine.runtime.modules import PackedConv2d, PackedLayer, PackedLinear, packed_from_spec
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
@@ -74,6 +75,7 @@ def make_bench(shape: LayerShape, bits: int, settings: Settings) -> Bench:
     bias = torch.randn(shape.outputs, generator=rng)
     layer = _packed(shape, bits, codes, scale, bias, float(x.abs().max()) / 127).to(settings.device)
     layer.set_mode_("auto")
+    layer.place_(few_rows=shape.rows <= 16, dtype=settings.float_dtype)
     real = (codes.float() * scale.view(-1, *[1] * (weight.ndim - 1))).to(settings.device, settings.float_dtype)
     x = x.to(settings.device, settings.float_dtype)
     if shape.op == "conv2d":
@@ -124,7 +126,7 @@ def gate(bench: Bench) -> str | None:
     codes = quantize(x, scale, zero, 8)
     op: Any = linear_op if isinstance(layer, PackedLinear) else conv2d_op
     run = linear_op.linear if isinstance(layer, PackedLinear) else conv2d_op.conv2d
-    prepared, reference = layer.prepared, _reference(layer)
+    prepared, reference = _twin(bench, "exact").prepared, _reference(layer)
     if not torch.equal(op.accumulate(codes, zero, prepared), op.accumulate(codes, zero, reference)):
         return "integer accumulators differ from the reference"
     exact, want = run(codes, scale, zero, prepared), run(codes, scale, zero, reference)
@@ -157,7 +159,7 @@ def candidates(bench: Bench, settings: Settings) -> dict[str, Callable[[int], An
         "float": bench.baseline,
         "auto": lambda i: layer(inputs[i]),
         "exact": lambda i: exact(inputs[i]),
-        "integer": lambda i: run(codes[i], scale, zero, exact.prepared),
+        "integer": lambda i: run(codes[i], scale, zero, exact.prepared, out_dtype=settings.float_dtype),
     }
     if settings.compiled:
         calls |= {"float_compiled": _compiled(bench.baseline), "auto_compiled": _compiled(calls["auto"])}
@@ -172,6 +174,7 @@ def _twin(bench: Bench, mode: Literal["auto", "exact"]) -> PackedLayer:
     for name, value in bench.layer.named_buffers():
         twin.load_buffer_(name, value)
     twin.set_mode_(mode)
+    twin.place_(few_rows=bench.layer.few_rows, dtype=bench.layer.compute_dtype)
     return twin
 
 
@@ -190,7 +193,7 @@ def measure(shape: LayerShape, bits: int, settings: Settings, roof: Roof) -> dic
         "terms": shape.terms,
         "format": f"w{bits}a8",
         "gate": gate(bench) or "passed",
-        "chosen": f"{bench.layer.prepared.backend} {bench.layer.prepared.strategy}" if chosen.kernel == "integer" else "float",
+        "chosen": kernel_of(bench.layer, chosen),
         "why_not": chosen.why_not,
         "buffers": len(bench.inputs),
     }
@@ -198,8 +201,14 @@ def measure(shape: LayerShape, bits: int, settings: Settings, roof: Roof) -> dic
         return row
     times = time_calls(candidates(bench, settings), buffers=len(bench.inputs), device=settings.device, rounds=settings.rounds)
     # exact float32 arithmetic over integers is bound by the float ceiling
-    bits_at_work = None if bench.layer.prepared.strategy in ("fp32", "float64") else bits
-    return row | {"strategy": bench.layer.prepared.strategy, "times": times} | _derived(shape, bits, bits_at_work, settings, roof, times)
+    strategy = _twin(bench, "exact").prepared.strategy
+    bits_at_work = None if strategy in ("fp32", "float64") else bits
+    return row | {"strategy": strategy, "times": times} | _derived(shape, bits, bits_at_work, settings, roof, times)
+
+
+def kernel_of(layer: PackedLayer, chosen: Choice) -> str:
+    """What a layer runs: backend and strategy of its integers, `weights` for weights unpacked in the kernel, or `float`."""
+    return f"{layer.prepared.backend} {layer.prepared.strategy}" if chosen.kernel == "integer" else chosen.kernel
 
 
 def clock_key(device: str) -> str:

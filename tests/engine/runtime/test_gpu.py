@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.models.tiny import tiny_denoiser
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
+from qdm_cli.engine.runtime import choice
+from qdm_cli.engine.runtime.gpu_blocks import fuse_gpu_blocks_
 from qdm_cli.engine.runtime.graphs import Graphs
 from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_, packed_from_state
 
@@ -101,6 +104,40 @@ def test_one_graph_serves_every_step(name: str, mode: str, make_state) -> None:
         graph.replay()
         assert relative(out, wanted[timestep]) < 1e-2
         assert relative(out, wanted[1000.0 - timestep]) > 2 * relative(out, wanted[timestep])
+
+
+@pytest.mark.parametrize(("name", "policy"), [("sd", "w8a8"), ("sdxl", "symmetric"), ("dit", "w4a8"), ("flux", "symmetric")])
+@torch.no_grad()
+def test_fused_blocks_compute_what_their_parts_do(name: str, policy: str, make_state, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_CUDA", ())  # integers in tiny layers too
+    denoiser = tiny_denoiser(name).eval().requires_grad_(False)
+    state = make_state(denoiser, keys=KEYS, **POLICIES[policy])
+    for one, other in share_ranges(state):
+        state.layers[other] = replace(state.layers[other], act_scale=one.act_scale, act_zero_point=one.act_zero_point)
+    pack_denoiser_(denoiser, state, "auto")
+    model = denoiser.to("cuda")
+    call = inputs(model, "cuda", batch=1)
+    got = answer(model, call).clone()
+    graphs = Graphs(model).enable()
+    replayed = answer(model, call)
+    assert len(graphs) == 1
+    graphs.disable()
+    assert relative(replayed, got) < 1e-3
+    fuse_gpu_blocks_(model, enabled=False)
+    assert relative(got, answer(model, call)) < 0.05
+
+
+def share_ranges(state: Any) -> list[tuple[Any, str]]:
+    """(layer, name of another that reads the same tensor), as calibration would find them."""
+    readers = {"to_q": ("to_k", "to_v"), "add_q_proj": ("add_k_proj", "add_v_proj"), "attn.to_q": ("proj_mlp",)}
+    return [
+        (layer, other)
+        for name, layer in state.layers.items()
+        for first, others in readers.items()
+        if name.endswith(first) and "attn2" not in name
+        for other in (name.removesuffix(first) + one for one in others)
+        if other in state.layers
+    ]
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])
