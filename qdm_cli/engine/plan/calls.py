@@ -125,9 +125,14 @@ def _caching(recipe: Recipe, steps: int) -> list[Calls]:
         found.append(Calls("cache", "drift profile", ceil(data.samples / data.batch) * steps * (1 + quantized), images))
         if cache.sensitivity == "rollout":
             found.append(Calls("cache", "sensitivity", steps + min(cache.rollouts, steps - 1) * (steps + 1) // 2, images))
+        passes = ceil(data.samples / data.batch) * steps
+        if cache.refine and (cache.budget.speedup or cache.budget.latency_ms):
+            found.append(Calls("cache", "plans compared", (cache.refine + 1) * passes, images))
+        if cache.correction == "dec":
+            found.append(Calls("cache", "corrections", passes, images))
     if cache.verify is not None:
         check = cache.verify
-        sets = 2 + 2 * quantized + (check.baseline != "none")
+        sets = 2 + 2 * quantized + (check.baseline != "none") + 3 * (check.baseline == "all")
         found.append(Calls("cache", "held-out samples", sets * ceil(check.samples / check.batch) * steps, min(check.samples, check.batch)))
     return found
 

@@ -30,6 +30,7 @@ _LIMITS: dict[str, int] = {
     "cache.data.samples": BATCH,
     "cache.data.batch": BATCH,
     "cache.rollouts": 2,
+    "cache.refine": 2,
     "cache.max_interval": STEPS,
     "cache.verify.samples": BATCH,
     "cache.verify.batch": BATCH,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,21 @@ FEW = {"samples": 1, "batch": 1, "baseline": "none"}
 class Bench:
     """A recipe with a section `cache` and a context in a folder."""
 
-    def __init__(self, root: Path, section: dict[str, Any], model: str = "tiny:ddpm", steps: int = STEPS, **sampler: Any):
+    def __init__(
+        self,
+        root: Path,
+        section: dict[str, Any],
+        model: str = "tiny:ddpm",
+        steps: int = STEPS,
+        measured: Path | None = None,
+        **sampler: Any,
+    ):
         sampler = {"scheduler": "DDIMScheduler", "steps": steps, **sampler}
         self.recipe = Recipe.model_validate({"model": {"id": model}, "sampler": sampler, "cache": section})
         self.ctx = RunContext(self.recipe, root / "cache-12345678.partial")
         self.ctx.payload.mkdir(parents=True, exist_ok=True)
+        if measured is not None:
+            shutil.copytree(measured, self.ctx.resume)
         self.ctx.resume.mkdir(exist_ok=True)
 
     def run(self, source: Artifact | None = None) -> StageResult:
@@ -55,6 +66,16 @@ def fixed_latency(monkeypatch: pytest.MonkeyPatch) -> None:
         return Latency(10.0, {cut.id: 1.0 + 3 * index for index, cut in enumerate(subject.cuts)}, 1)
 
     monkeypatch.setattr(stage, "measured_latency", measured)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Profile and weights of tiny:ddpm under the settings SMALL, as a run that was interrupted leaves them."""
+    bench = Bench(tmp_path_factory.mktemp("measured"), {"method": "dp", "budget": {"speedup": 1.01}, **PLAIN, **SMALL})
+    bench.run()
+    for name in ("latency.json", "trials.json"):
+        (bench.ctx.resume / name).unlink(missing_ok=True)
+    return bench.ctx.resume
 
 
 @pytest.fixture
@@ -113,8 +134,9 @@ def test_transformers_reuse_a_block_range(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fixed_latency")
 class TestPlanning:
-    def test_a_plan_keeps_its_budget_and_is_verified(self, tmp_path: Path) -> None:
-        bench = Bench(tmp_path, {"method": "dp", "budget": {"speedup": 2.0}, "verify": {"samples": 1}, **SMALL})
+    def test_a_plan_keeps_its_budget_and_is_verified(self, tmp_path: Path, measured: Path) -> None:
+        section = {"method": "dp", "budget": {"speedup": 2.0}, "verify": {"samples": 1, "baseline": "all"}, **SMALL}
+        bench = Bench(tmp_path, section, measured=measured)
         result = bench.run()
         schedule = bench.schedule
         assert schedule.predicted is not None and schedule.predicted.speedup is not None and schedule.predicted.speedup >= 2
@@ -124,6 +146,9 @@ class TestPlanning:
         assert latencies == sorted(latencies) and costs == sorted(costs, reverse=True)
         assert schedule.verified is not None and schedule.verified.baseline["steps"] == round(STEPS / schedule.predicted.speedup)
         assert result.metrics["latent_error"] == result.metrics["latent_error_to_uncached"] > 0
+        assert (
+            result.metrics["uniform_latency_ms"] >= schedule.predicted.latency_ms and result.metrics["uniform_latent_error_to_uncached"] > 0
+        )
         assert {"similarity-up1.png", "pareto.png", "schedule.png"} <= {path.name for path in bench.ctx.payload.iterdir()} or schedule.cuts
 
     def test_the_quantized_model_is_planned_and_carried(self, tmp_path: Path, quantized: Artifact) -> None:
@@ -136,30 +161,33 @@ class TestPlanning:
         assert found["interaction"] == pytest.approx(joint - parts) and joint == pytest.approx(found["latent_error"])
         assert min(found["latent_error_cache"], found["latent_error_quantization"]) > 0
 
-    def test_more_speed_costs_more_error(self, tmp_path: Path) -> None:
+    def test_more_speed_costs_more_error(self, tmp_path: Path, measured: Path) -> None:
         errors = []
         for speedup in (1.05, 2.5):
-            bench = Bench(tmp_path / str(speedup), {"method": "dp", "budget": {"speedup": speedup}, "verify": FEW, **SMALL})
+            section = {"method": "dp", "budget": {"speedup": speedup}, "verify": FEW, **SMALL}
+            bench = Bench(tmp_path / str(speedup), section, measured=measured)
             errors.append(bench.run().metrics["latent_error"])
         assert errors[0] < errors[1]
 
-    def test_an_error_budget_is_measured(self, tmp_path: Path) -> None:
-        loose = Bench(tmp_path / "loose", {"method": "dp", "budget": {"latent_error": 10.0}, "verify": FEW, **SMALL})
+    def test_an_error_budget_is_measured(self, tmp_path: Path, measured: Path) -> None:
+        section = {"method": "dp", "budget": {"latent_error": 10.0}, "verify": FEW, **SMALL}
+        loose = Bench(tmp_path / "loose", section, measured=measured)
         found = loose.run().metrics
         fastest = loose.schedule.pareto[0]
         assert loose.schedule.refreshes == fastest.refresh
         wanted = found["latent_error_to_uncached"] / 2
-        tight = Bench(tmp_path / "tight", {"method": "dp", "budget": {"latent_error": wanted}, "verify": FEW, **SMALL})
+        tight = Bench(tmp_path / "tight", {**section, "budget": {"latent_error": wanted}}, measured=measured)
         assert tight.run().metrics["latent_error_to_uncached"] <= wanted
         assert len(tight.schedule.refreshes) > len(fastest.refresh)
 
-    def test_a_budget_out_of_reach(self, tmp_path: Path) -> None:
-        bench = Bench(tmp_path, {"method": "dp", "budget": {"speedup": 50.0}, **PLAIN, **SMALL})
+    def test_a_budget_out_of_reach(self, tmp_path: Path, measured: Path) -> None:
+        bench = Bench(tmp_path, {"method": "dp", "budget": {"speedup": 50.0}, **PLAIN, **SMALL}, measured=measured)
         with pytest.raises(GateFailed, match=r"cannot be reached: the fastest schedule takes .* Allow longer intervals"):
             bench.run()
 
-    def test_full_calls_at_both_ends(self, tmp_path: Path) -> None:
-        bench = Bench(tmp_path, {"method": "dp", "budget": {"speedup": 1.3}, "first_full": 3, "last_full": 2, **PLAIN, **SMALL})
+    def test_full_calls_at_both_ends(self, tmp_path: Path, measured: Path) -> None:
+        section = {"method": "dp", "budget": {"speedup": 1.3}, "first_full": 3, "last_full": 2, **PLAIN, **SMALL}
+        bench = Bench(tmp_path, section, measured=measured)
         bench.run()
         assert {0, 1, 2, STEPS - 2, STEPS - 1} <= set(bench.schedule.refreshes)
 
@@ -177,8 +205,8 @@ class TestPlanning:
         assert bench.schedule.predicted is not None
         assert max(b - a for a, b in zip(bench.schedule.refreshes, [*bench.schedule.refreshes[1:], STEPS], strict=True)) <= 4
 
-    def test_corrections_lie_beside_the_schedule(self, tmp_path: Path) -> None:
-        bench = Bench(tmp_path, {"method": "dp", **PLAIN, **SMALL, "correction": "dec"})
+    def test_corrections_lie_beside_the_schedule(self, tmp_path: Path, measured: Path) -> None:
+        bench = Bench(tmp_path, {"method": "dp", **PLAIN, **SMALL, "correction": "dec"}, measured=measured)
         bench.run()
         named = bench.schedule.corrections
         assert named is not None and named.sha256 == hash_file(bench.ctx.payload / named.file)
