@@ -21,11 +21,14 @@ from qdm_cli.engine.quant.modules import conv2d_channels_last, dynamic_qparams, 
 from qdm_cli.engine.quant.state import LayerState, QuantState
 from qdm_cli.engine.quant.state_apply import checked_layer, load_floats_, replace_
 from qdm_cli.engine.runtime import gpu
-from qdm_cli.engine.runtime.choice import Case, Choice, Machine, Mode, choose, say_once
+from qdm_cli.engine.runtime.choice import SMALL_PRODUCT, Case, Choice, Machine, Mode, choose, say_once
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_cli.engine.runtime.reuse import PerPrompt, SharedInput
+from qdm_kernels.attention.op import why_not_cpu as why_not_bf16
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
+from qdm_kernels.conv2d_w8a8.cpu import pointwise
 from qdm_kernels.exact import value_range
+from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.layout import pack_weight, unpack_weight
 from qdm_kernels.linear_w8a8 import op as linear_op
 from qdm_kernels.quantize.op import quantize
@@ -195,11 +198,10 @@ class PackedLayer(nn.Module):
             self._row_sums = self.centred_weight().flatten(1).sum(1).to(torch.int32)
         return self._row_sums
 
-    @property
-    def plain_weight(self) -> Tensor:
-        """f32 dequantized weight for layers that run in floating point, expanded once."""
-        if self._plain is None:
-            weight = self.coded_weight()
+    def plain_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dequantized weight for layers that run in floating point, expanded once."""
+        if self._plain is None or self._plain.dtype != dtype:
+            weight = self.coded_weight().to(dtype)
             self._plain = weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
         return self._plain
 
@@ -270,11 +272,14 @@ class PackedLayer(nn.Module):
             return (y if bias is None else y + self._per_output(bias)).to(x.dtype)
 
     def _plain_forward(self, x: Tensor) -> Tensor:
-        """Dequantized weight, activations as they come: what `auto` runs where integers would be slower."""
+        """Dequantized weight, activations as they come: what `auto` runs where integers would be slower; in bf16 on CPUs that have it."""
         if x.device.type != "cpu":
             return self._apply_op(x, *gpu.expanded(self, x.dtype))
+        large = self._rows(x) * self.spec.terms * self.spec.outputs >= SMALL_PRODUCT
+        dtype = torch.bfloat16 if large and why_not_bf16() is None else torch.float32
+        bias = self._buffers["bias"]
         with torch.autocast("cpu", enabled=False):
-            return self._apply_op(x.float(), self.plain_weight, self._buffers["bias"]).to(x.dtype)
+            return self._apply_plain(x.to(dtype), self.plain_weight(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
     def _half_forward(self, x: Tensor) -> Tensor:
         """Half precision cannot hold sums of centred codes: both operands are scaled first."""
@@ -302,6 +307,9 @@ class PackedLayer(nn.Module):
 
     def _apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise NotImplementedError
+
+    def _apply_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._apply_op(x, weight, bias)
 
     def _rows(self, x: Tensor) -> int:
         raise NotImplementedError
@@ -416,6 +424,12 @@ class PackedConv2d(PackedLayer):
     def _apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         s = self.spec
         return conv2d_channels_last(x, weight, bias, s.stride, s.padding, s.dilation, s.groups)
+
+    def _apply_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        s = self.spec
+        if Conv2dGeometry(s.stride, s.padding, s.dilation, s.groups).is_pointwise(weight.shape[2:]):
+            return pointwise(x.contiguous(memory_format=torch.channels_last), weight, bias)
+        return self._apply_op(x, weight, bias)
 
     def _rows(self, x: Tensor) -> int:
         (h, w), (p, q) = self.spec.stride, x.shape[2:]
