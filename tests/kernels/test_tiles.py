@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="pip install 'qdm[dev]' brings triton on Li
 
 from qdm_kernels.conv2d_w8a8.tiles import choose_conv_plan
 from qdm_kernels.gemm import tiles, tune
-from qdm_kernels.gemm.tiles import SHARED_BYTES, TMA_TILES, Plan, Tile, bucket, choose_plan, entry, measured
+from qdm_kernels.gemm.tiles import SHARED_BYTES, TMA_TILES, Plan, Tile, bucket, choose_plan, entry, measured, weight_only_tile
 
 CPU = torch.device("cpu")  # counts as an H100
 SHIPPED = sorted((Path(tiles.__file__).parents[1] / "tuned").glob("sm*.json"))
@@ -25,7 +25,7 @@ def test_shipped_measurements_fit_their_gpu(path: Path) -> None:
     assert content["device"]
     for e in content["entries"]:
         tile = Tile(**e["tile"])
-        assert e["op"] in ("linear_w8a8", "linear_w4a8", "conv2d_w8a8", "conv2d_w4a8")
+        assert e["op"] in ("linear_w8a8", "linear_w4a8", "conv2d_w8a8", "conv2d_w4a8", "linear_w4a16", "linear_w8a16")
         assert e["m"] == bucket(e["m"])
         assert e["k"] % tile.bk == 0
         assert tile.since <= capability
@@ -81,6 +81,22 @@ def test_the_tuner_offers_what_fits() -> None:
             assert plan.tile.shared_bytes <= SHARED_BYTES[90]
     assert tune.conv((2, 320, 64, 640))[0].image == (64, 64)
     assert not any(plan.tile.tma for plan in tune.candidates(tune.SHAPES[0], CPU) if plan.tile.swap)
+
+
+def test_weight_only_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least that holds the rows, within a group; a measured one where there is."""
+    assert [weight_only_tile(m, 64, 1152, 0, CPU).bm for m in (1, 16, 17, 64, 900)] == [16, 16, 32, 64, 128]
+    assert weight_only_tile(1, 64, 1152, 64, CPU).bk == 64
+    plan, file = Plan(Tile(16, 128, 128, 8, 5)), tmp_path / "mine.json"
+    file.write_text(json.dumps({"entries": [entry("linear_w8a16", 2, 64, 1152, plan)]}))
+    monkeypatch.setenv("QDM_TUNED", str(file))
+    tiles.user_file.cache_clear()
+    try:
+        assert weight_only_tile(8, 64, 1152, 0, CPU, 8) == plan.tile
+        assert weight_only_tile(8, 64, 1152, 64, CPU, 8) != plan.tile
+        assert weight_only_tile(8, 64, 1152, 0, CPU, 4) != plan.tile
+    finally:
+        tiles.user_file.cache_clear()
 
 
 def test_files_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

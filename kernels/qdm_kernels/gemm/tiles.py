@@ -231,8 +231,18 @@ WEIGHT_ONLY_TILES = (
 )
 
 
-def weight_only_tile(m: int, n: int, k: int, group: int, device: torch.device) -> Tile:
-    """Tile of the weight-only product, weights on the side of the rows: the least bm that holds x, up to 128. group: 0 = none."""
-    rows = next((bm for bm in (16, 32, 64) if m <= bm), 128)
+def weight_only_tile(m: int, n: int, k: int, group: int, device: torch.device, bits: int = 4) -> Tile:
+    """Tile of the weight-only product, weights on the side of the rows: a measured one, else the least bm that holds x, up to 128.
+
+    group: inputs of a group of scales, 0 = none.
+    """
+    return _weight_only_tile(bucket(m), n, k, group, processors(device)[0], bits, user_file())
+
+
+@cache
+def _weight_only_tile(m: int, n: int, k: int, group: int, capability: int, bits: int, file: Path | None) -> Tile:
+    found = measured(f"linear_w{bits}a16", m, n, k, capability, file)
+    if found is not None and (group == 0 or group % found.tile.bk == 0):
+        return found.tile
     tiles = [tile for tile in WEIGHT_ONLY_TILES if k % tile.bk == 0 and (group == 0 or group % tile.bk == 0)]
-    return next(tile for tile in tiles if tile.bm <= rows)
+    return next(tile for tile in tiles if tile.bm <= min(m, 128))

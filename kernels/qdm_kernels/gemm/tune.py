@@ -28,7 +28,19 @@ from torch import Tensor
 from qdm_kernels.conv2d_w8a8.tiles import TILES as CONV_TILES
 from qdm_kernels.conv2d_w8a8.tiles import fits_conv
 from qdm_kernels.epilogue.reference import Epilogue
-from qdm_kernels.gemm.tiles import PACKED_TILES, SHARED_BYTES, TILES, TMA_TILES, Plan, Tile, bucket, entry, processors, runs
+from qdm_kernels.gemm.tiles import (
+    PACKED_TILES,
+    SHARED_BYTES,
+    TILES,
+    TMA_TILES,
+    WEIGHT_ONLY_TILES,
+    Plan,
+    Tile,
+    bucket,
+    entry,
+    processors,
+    runs,
+)
 from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.layout import padded_length
 
@@ -37,6 +49,15 @@ _L2_BYTES = 50 << 20
 _CALLS = 20  # launches of one replay
 _FINALISTS = 4
 _LEAST_SHARE = 256  # inputs of one split
+_WEIGHT_ONLY = (  # beside the shipped ones: shallower, wider in inputs, more outputs to a program
+    Tile(16, 64, 128, 4, 4),
+    Tile(16, 64, 128, 4, 5),
+    Tile(16, 64, 256, 4, 4),
+    Tile(16, 64, 64, 4, 6),
+    Tile(16, 128, 64, 8, 6),
+    Tile(16, 128, 128, 8, 5),
+    Tile(32, 64, 128, 4, 4),
+)
 
 
 @dataclass(frozen=True)
@@ -49,11 +70,12 @@ class Problem:
     inputs: int
     side: int = 0  # of a convolution's kernel; 0 = linear
     batch: int = 2
+    floats: bool = False  # activations stay floats: the weight-only ops
 
     @property
     def op(self) -> str:
         """Name of the op."""
-        return f"{'conv2d' if self.side else 'linear'}_w{self.bits}a8"
+        return f"{'conv2d' if self.side else 'linear'}_w{self.bits}a{16 if self.floats else 8}"
 
     @property
     def terms(self) -> int:
@@ -69,12 +91,17 @@ class Problem:
 
     def __str__(self) -> str:
         what = f"conv{self.side}x{self.side}" if self.side else "linear"
-        return f"{what} w{self.bits} {self.rows}x{self.outputs}x{self.inputs}"
+        return f"{what} w{self.bits}{' weight only' if self.floats else ''} {self.rows}x{self.outputs}x{self.inputs}"
 
 
 def linear(*sizes: tuple[int, int, int]) -> list[Problem]:
     """Problems of (M, N, K), 8 and 4 bits."""
     return [Problem(bits, m, n, k) for m, n, k in sizes for bits in (8, 4)]
+
+
+def weight_only(*sizes: tuple[int, int, int]) -> list[Problem]:
+    """Problems of (M, N, K) with float activations."""
+    return [Problem(bits, m, n, k, floats=True) for m, n, k in sizes for bits in (4, 8)]
 
 
 def conv(*sizes: tuple[int, int, int, int], side: int = 3) -> list[Problem]:
@@ -86,6 +113,7 @@ def conv(*sizes: tuple[int, int, int, int], side: int = 3) -> list[Problem]:
 SHAPES = [
     *linear((2048, 10240, 1280), (4608, 12288, 3072)),
     *conv((2, 320, 64, 320), (2, 640, 32, 640), (2, 1280, 16, 1280), (2, 1280, 8, 1280)),
+    *weight_only((2, 6912, 1152), (1, 18432, 3072)),
     *linear((2048, 1280, 1280), (2048, 3840, 1280), (2048, 1280, 5120), (512, 4608, 1152), (512, 1152, 4608), (512, 1152, 1152)),
     *conv((2, 640, 64, 640), (2, 1280, 32, 1280), (2, 192, 64, 192)),
     *linear((4608, 3072, 15360), (4096, 4608, 1152), (8192, 2560, 320), (4608, 3072, 3072), (2048, 4608, 1152), (2048, 1152, 4608)),
@@ -94,6 +122,7 @@ SHAPES = [
     *linear((4096, 3072, 12288), (4096, 12288, 3072), (512, 12288, 3072), (512, 3072, 3072), (8192, 5120, 640), (2048, 1152, 1152)),
     *linear((8192, 320, 1280), (2048, 5120, 640), (2048, 640, 2560), (512, 10240, 1280), (512, 1280, 5120), (8192, 640, 2560)),
     *linear((8192, 640, 640), (512, 1280, 1280), (2048, 640, 640), (2048, 3072, 384), (512, 4608, 576), (128, 7680, 960)),
+    *weight_only((8, 6912, 1152), (1, 9216, 3072), (2, 1280, 1280)),
     *linear((8192, 320, 320), (2048, 384, 384), (512, 576, 576), (128, 960, 960)),
 ]
 
@@ -102,6 +131,10 @@ def candidates(problem: Problem, device: torch.device) -> list[Plan]:
     """Plans that run a problem: shared memory fits, and splits are for grids that leave the GPU idle, with enough inputs each."""
     capability, count = processors(device)
     limit, rows = SHARED_BYTES.get(capability, 101_376), bucket(problem.rows)
+    if problem.floats:
+        fit = [t for t in (*WEIGHT_ONLY_TILES, *_WEIGHT_ONLY) if problem.terms % t.bk == 0 and t.bm <= rows and runs(t, capability)]
+        most = max(tile.bm for tile in fit)
+        return [Plan(tile) for tile in fit if tile.bm == most]
     plans: list[Plan] = []
     for tile in _tiles(problem):
         if not runs(tile, capability) or tile.shared_bytes > limit or not _suits(tile, problem, rows):
@@ -144,16 +177,19 @@ class Layer:
         self.zero, self.scale = torch.tensor([3], dtype=torch.int32, device=device), torch.tensor([0.02], device=device)
         self.geometry = Conv2dGeometry(padding=(p.side // 2, p.side // 2))
         z_w = torch.zeros(p.outputs, dtype=torch.int32, device=device)
-        arguments = (codes, z_w, self.geometry) if p.side else (codes, z_w)
-        self.states = [self.home.prepare(*arguments) for _ in range(min(count, 1 + 2 * _L2_BYTES // max(codes.numel(), 1)))]
         self.w_scale, self.bias = torch.rand(p.outputs, generator=rng, device=device) * 1e-3, torch.randn(p.outputs, device=device)
+        arguments = (codes, self.w_scale, z_w) if p.floats else (codes, z_w, self.geometry) if p.side else (codes, z_w)
+        copies = min(count, 1 + 2 * _L2_BYTES * 8 // (codes.numel() * p.bits))
+        self.states = [self.home.prepare(*arguments) for _ in range(copies)]
         self.real = [one.to(torch.bfloat16) for one in self.x]
         self.weights = [codes.to(torch.bfloat16).contiguous(memory_format=format_) for _ in self.states]
         self.real_bias = self.bias.to(torch.bfloat16)
 
     def truth(self) -> Tensor:
         """Output of the first input by the contract, from sums in float64: [M, N] or [B, O, H, W] bfloat16."""
-        real, weight, scale = self.x[0].double() - 3, self.weights[0].double(), self.scale * self.w_scale
+        floats = self.problem.floats  # whose numbers are small integers here: sums are exact, whatever their order
+        real, weight = self.x[0].double() - (0 if floats else 3), self.weights[0].double()
+        scale = self.w_scale if floats else self.scale * self.w_scale
         if not self.problem.side:
             return ((real @ weight.T).float() * scale + self.bias).to(torch.bfloat16)
         p = self.problem.side // 2
@@ -163,6 +199,8 @@ class Layer:
     def launch(self, plan: Plan, i: int = 0) -> Tensor:
         """One call of a candidate: bfloat16."""
         state, x, end = self.states[i % len(self.states)], self.x[i % len(self.x)], Epilogue(out_dtype=torch.bfloat16)
+        if self.problem.floats:
+            return self.home.linear(self.real[i % len(self.real)], self.bias, state, end, tile=plan.tile)
         keys = {"x_scale": self.scale, "w_scale": self.w_scale, "bias": self.bias, "end": end, "plan": plan}
         return self.home.launch(x, self.zero, state, torch.bfloat16, **keys)
 
@@ -254,7 +292,7 @@ def variant(problem: Problem, plan: Plan) -> tuple[Any, ...]:
     """What the machine code of a candidate depends on."""
     even, odd = problem.inputs % plan.tile.bk == 0, (problem.outputs % 16, problem.inputs % 16)
     image = problem.image if problem.side and plan.tile.tma else None
-    return problem.bits, problem.side, plan.tile, plan.splits > 1, even, odd, image
+    return problem.bits, problem.side, problem.floats, plan.tile, plan.splits > 1, even, odd, image
 
 
 def compile_ahead(problems: Iterable[Problem], device: torch.device, workers: int) -> None:
@@ -271,7 +309,7 @@ def compile_ahead(problems: Iterable[Problem], device: torch.device, workers: in
 def _compile(job: tuple[Problem, Plan]) -> None:
     problem, plan = job
     try:
-        layer = _tiny(problem if problem.side else replace(problem, rows=16))
+        layer = _tiny(problem if problem.side else replace(problem, rows=min(problem.rows, 16)))
         layer.launch(plan)
         torch.cuda.synchronize()
     except Exception:  # the gate reports it

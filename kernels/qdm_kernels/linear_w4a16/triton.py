@@ -153,7 +153,7 @@ def linear(x: Tensor, bias: Tensor | None, state: State, end: Epilogue, *, tile:
     padded, groups = state.words.shape[1] * (4 if bits == 4 else 1), state.scale.shape[1]
     x = aligned(x if k % 16 == 0 else F.pad(x, (0, padded - k)))
     group = 0 if groups == 1 else padded // groups
-    tile = tile or weight_only_tile(m, n, padded, group, x.device)
+    tile = tile or weight_only_tile(m, n, padded, group, x.device, bits)
     residual = None if end.residual is None else end.residual.contiguous()
     kind, overlap = "plain" if not COMPILED else "bf16" if x.dtype == torch.bfloat16 else "fp16", overlaps(x.device)
     tensors = (x, state.words, state.scale, state.zero_point, bias, residual, out)

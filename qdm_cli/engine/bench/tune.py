@@ -12,12 +12,14 @@ from qdm_cli.engine.bench.shapes import LayerShape, parse_shapes
 from qdm_cli.engine.errors import EnvironmentProblem, InputError
 from qdm_kernels.gemm import tiles, tune
 
+FEW_ROWS = 16  # up to here a layer waits for its weights, and the weight-only kernels serve it
+
 
 def tune_layers(shapes: Iterable[str], bits: Iterable[int], *, device: str, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure candidate tiles of layers, each behind its gate, until the time is used up, and keep the best in `tiles.user_path()`.
 
-    An entry serves every resolution of its power of two of rows. Layers of strides, or of 16 rows and fewer, have no candidates to choose
-    from. The object holds the file, one row per layer with its time and the bf16 baseline's, and how many layers were not reached.
+    An entry serves every resolution of its power of two of rows. Layers of strides have no candidates to choose from. The object holds
+    the file, one row per layer with its time and the bf16 baseline's, and how many layers were not reached.
 
     Raises:
         InputError: unknown shapes or bits.
@@ -46,9 +48,11 @@ def problems_of(shapes: Iterable[LayerShape], bits: Iterable[int]) -> list[tune.
     if bad := [b for b in wanted if b not in (8, 4)]:
         raise InputError(f"--bits {bad[0]}: kernels read weights of 8 or 4 bits")
     found = [
-        tune.Problem(b, shape.rows, shape.outputs, shape.inputs, shape.kernel if shape.op == "conv2d" else 0, shape.batch)
+        tune.Problem(
+            b, shape.rows, shape.outputs, shape.inputs, shape.kernel if shape.op == "conv2d" else 0, shape.batch, shape.rows <= FEW_ROWS
+        )
         for shape in shapes
-        if shape.stride == 1 and shape.rows > 16
+        if shape.stride == 1
         for b in wanted
     ]
     return list(dict.fromkeys(found))
