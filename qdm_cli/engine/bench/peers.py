@@ -1,4 +1,4 @@
-"""Rivals of one layer, each in its own words and only where installed: what torch ships, torchao, sdnq in a process of its own."""
+"""Rivals of one layer, each in its own words and only where installed: what torch ships, and torchao."""
 
 from __future__ import annotations
 
