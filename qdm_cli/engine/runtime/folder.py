@@ -66,7 +66,9 @@ def packed_tensors(denoiser: nn.Module, state: QuantState) -> tuple[Tensors, dic
     if state.attention:
         config["attention"] = {}
     for name, attention in state.attention.items():
-        config["attention"][name] = {key: value for key, value in asdict(attention.decision).items() if key != "name"}
+        fields = {key: value for key, value in asdict(attention.decision).items() if key != "name"}
+        # left out where false, so that versions without them open the folder
+        config["attention"][name] = {key: value for key, value in fields.items() if value or key not in ("adaptive", "renormalise")}
         tensors |= {f"{name}.{CHILD}.{leaf}": value for leaf, value in products_of(attention).state_dict().items()}
     if state.scales is not None:
         check_base(state.scales, state_digest(state), type(denoiser).__name__)

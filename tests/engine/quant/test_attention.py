@@ -3,6 +3,7 @@
 import copy
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -231,10 +232,15 @@ def test_an_export_carries_them(tmp_path, make_state):
     (tmp_path / "store").mkdir()
     channels, size = bench.denoiser.config.in_channels, bench.denoiser.config.sample_size
     state = with_attention(bench.state, bench.denoiser, policy(aware=True), store_of(tmp_path / "store", channels, size), 4)
+    first, own = next(iter(state.attention.items()))
+    log2 = torch.tensor([1, 0, 1, 0, 1], dtype=torch.int8)
+    state.attention[first] = replace(own, decision=replace(own.decision, adaptive=True, renormalise=True), softmax_log2=log2)
     write_state(bench.source.folder, state)
     result = bench.export(component_only=True)
     assert result.metrics["selfcheck_rel_rms"] <= 1e-5
     assert any("simulation" in warning for warning in bench.ctx.warnings)
     config = json.loads((bench.out / "config.json").read_text())["quantization_config"]
     assert set(config["attention"]) == set(state.attention)
-    assert all(fields == {"bits": 8, "softmax_bits": 8, "timestep_aware": True} for fields in config["attention"].values())
+    plain = {"bits": 8, "softmax_bits": 8, "timestep_aware": True}
+    assert config["attention"].pop(first) == plain | {"adaptive": True, "renormalise": True}
+    assert all(fields == plain for fields in config["attention"].values())
