@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal, cast
 
@@ -32,6 +32,7 @@ from qdm_cli.engine.runtime.graphs import Graphs, why_not
 from qdm_cli.engine.runtime.modules import PackedLayer, packed_from_state
 from qdm_cli.engine.runtime.tune import tune_
 
+Say = Callable[[str], None]
 Compiled = Literal["none", "blocks", "full"]
 GATE = 1.5  # error against the same codes in float32, by that of the same codes in the float kernels of this dtype
 FLOOR = 2e-3  # errors below it pass: where the dtype is float32 there is nothing to compare with
@@ -244,30 +245,36 @@ def _compile(model: nn.Module, bench: GpuBench) -> Callable[..., Any]:
     return model
 
 
-def _times(model: nn.Module, call: dict[str, Any], timesteps: Tensor, bench: GpuBench, say: Callable[[str], None]) -> dict[str, Any]:
-    """Times of one model: eager, as a CUDA graph, compiled. A way that fails is reported with its error."""
-    found: dict[str, Any] = {}
-
-    def measure(way: str, make: Callable[[], Callable[..., Any]]) -> None:
-        started = time.perf_counter()
-        try:
-            run = make()
-            run(**call)
-            torch.cuda.synchronize()
-            ready = time.perf_counter() - started
-            found[way] = time_calls_of(run, call, timesteps, bench.seconds) | {"ready_s": ready}
-            say(f"  {way}: {found[way]['median_ms']:.2f} ms ({ready:.1f} s until the first result)")
-        except Exception as error:  # a broken way must not cost the others their turn on a lent machine
-            found[way] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-            say(f"  {way}: {found[way]['error']}")
-
-    measure("eager", lambda: model)
+def _times(model: nn.Module, call: dict[str, Any], timesteps: Tensor, bench: GpuBench, say: Say) -> dict[str, Any]:
+    """Times of one model, eager and as a CUDA graph."""
     with _graphs(model, call) as run:
-        measure("graph", run)
-    if bench.compiled != "none":
-        measure("compiled", lambda: _compile(model, bench))
-        for module in model.modules():  # blocks compiled in place
+        ways = {"eager": lambda: model, "graph": run}
+        return {way: _time(way, make, call, timesteps, bench, say) for way, make in ways.items()}
+
+
+def _compiled_times(model: nn.Module, call: dict[str, Any], timesteps: Tensor, bench: GpuBench, say: Say) -> dict[str, Any]:
+    """The time of one model compiled; it is as before afterwards."""
+    torch.compiler.reset()
+    try:
+        return {"compiled": _time("compiled", lambda: _compile(model, bench), call, timesteps, bench, say)}
+    finally:
+        for module in model.modules():  # blocks are compiled in place
             module._compiled_call_impl = None
+
+
+def _time(way: str, make: Callable[[], Callable[..., Any]], call: dict[str, Any], timesteps: Tensor, bench: GpuBench, say: Say) -> Any:
+    """One way to run a model; one that fails is reported with its error."""
+    started = time.perf_counter()
+    try:
+        run = make()
+        run(**call)
+        torch.cuda.synchronize()
+        ready = time.perf_counter() - started
+        found = time_calls_of(run, call, timesteps, bench.seconds) | {"ready_s": ready}
+    except Exception as error:  # a broken way must not cost the others their turn on a lent machine
+        say(f"  {way}: {type(error).__name__}: {str(error)[:500]}")
+        return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+    say(f"  {way}: {found['median_ms']:.2f} ms ({ready:.1f} s until the first result)")
     return found
 
 
@@ -289,7 +296,7 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure_on_gpu(name: str, bench: GpuBench, say: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
+def measure_on_gpu(name: str, bench: GpuBench, say: Say = print) -> Iterator[dict[str, Any]]:
     """Rows of one denoiser, more complete each: after bf16, after the gate, after the packed model. All of one model replace each other."""
     torch.cuda.empty_cache()
     batch = bench.batch or (1 if name == "flux" else 2)
@@ -306,7 +313,6 @@ def measure_on_gpu(name: str, bench: GpuBench, say: Callable[[str], None] = prin
     want = model(**call, return_dict=False)[0].clone()
     row["bf16"] = _times(model, call, timesteps, bench, say)
     yield row
-    torch.compiler.reset()
     call["timestep"].fill_(float(timesteps[0]) / 2)
     step = pack_in_place_(model, call, bench.bits, bench.steps)
     tune_(model, "auto")
@@ -327,12 +333,21 @@ def measure_on_gpu(name: str, bench: GpuBench, say: Callable[[str], None] = prin
         say(f"  {name_of} gate {'passed' if right else 'failed'}: {errors}; memory {row['memory']['ratio']:.3f}; {row['layers']}")
         if right:
             row["gate"] = "passed"
-            row[name_of] = _times(model, call, timesteps, bench if fused else replace(bench, compiled="none"), say)
+            row[name_of] = _times(model, call, timesteps, bench, say)
             row[f"kernels_{name_of}"] = kernels_of(model, call) if bench.device == "cuda" else []
         yield row
     row["ratios"] = _ratios(row)
     say(f"  ratios {row['ratios']}")
     yield row
+    if bench.compiled != "none" and row["gate"] == "passed":
+        row["bf16"] |= _compiled_times(build_published_on(name, bench.device, bench.dtype), call, timesteps, bench, say)
+        row["ratios"] = _ratios(row)
+        yield row
+        fuse_gpu_blocks_(model, enabled=True)
+        row["qdm"] = row.get("qdm", {}) | _compiled_times(model, call, timesteps, bench, say)
+        row["ratios"] = _ratios(row)
+        say(f"  ratios {row['ratios']}")
+        yield row
 
 
 def _ratios(row: dict[str, Any]) -> dict[str, float]:
