@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from qdm_cli.engine.errors import EnvironmentProblem, InputError
 from qdm_cli.engine.models import load_pipeline, meta_denoiser
 from qdm_cli.engine.plan import make_plan, rule_hits
 from qdm_cli.engine.plan.calls import denoiser_calls
-from qdm_cli.engine.plan.inputs import call_shape, example_inputs
+from qdm_cli.engine.plan.inputs import CallShape, call_shape, example_inputs
+from qdm_cli.engine.plan.memory import adapt_estimate
 from qdm_cli.engine.plan.missing import fetch
 from qdm_cli.engine.quant.calibration import RangeRule, code_layer
 from qdm_cli.engine.quant.grid import QParams
 from qdm_cli.engine.quant.rules import resolve
 from qdm_cli.engine.quant.state import LayerDecision, LayerState, QuantState
+from qdm_cli.engine.recipe.load import load_recipe
 from qdm_cli.engine.recipe.schema import Recipe
 from qdm_cli.engine.runtime.folder import compact, dequantized_tensors, packed_tensors, write_component
 from qdm_cli.engine.stages.calibrate import calibrate
@@ -176,9 +179,11 @@ def test_example_inputs_have_the_shapes_that_the_pipeline_passes(name: str) -> N
 CHILD = """
 import json, sys, torch
 from qdm_cli.engine.models import load_pipeline
-from qdm_cli.engine.plan.inputs import call_shape, example_inputs
+from qdm_cli.engine.plan.inputs import CallShape, call_shape, example_inputs
+from qdm_cli.engine.plan.memory import adapt_estimate
 from qdm_cli.engine.quant.qalora import build_student
 from qdm_cli.engine.quant.rules import resolve
+from qdm_cli.engine.recipe.load import load_recipe
 from qdm_cli.engine.recipe.schema import Recipe
 sys.path.insert(0, {tests!r})
 from test_plan import some_state
@@ -317,3 +322,22 @@ def test_smoke_plans_the_small_model() -> None:
 def test_step_tables_have_one_row_per_timestep_of_the_pipeline() -> None:
     planned = recipe(quantize={"activations": {"timestep_aware": True}})
     assert make_plan(planned).rows == len(step_timesteps(load_pipeline(planned.model, planned.sampler), planned.sampler))
+
+
+def test_training_scales_takes_a_fraction_of_training_floats_and_no_more_than_qlora() -> None:
+    """The rows of SD1.5 on a U-Net of 12 M parameters whose weights outweigh its activations; the same images and batch for all."""
+    from diffusers import UNet2DConditionModel
+
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(16, cross_attention_dim=64, block_out_channels=(128, 256), layers_per_block=1, **blocks)
+    unet.requires_grad_(False)
+
+    def peak(name: str) -> int:
+        given = load_recipe(f"{name}-personalise", ["finetune.batch_size=1"]).recipe
+        return sum(adapt_estimate(given, unet, resolve(unet, given.quantize), CallShape(1, 1, (16, 16)), 0).parts.values())
+
+    scales = peak("tuneqdm")
+    assert scales < 0.3 * peak("full")
+    if importlib.util.find_spec("peft") is not None:
+        assert scales < 1.05 * peak("qlora")

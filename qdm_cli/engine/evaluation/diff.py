@@ -27,6 +27,8 @@ STAGE_BETTER = {
     "weight_sqnr_db": "higher",
     "mean_bits": "lower",
     "loss_last": "lower",
+    "trained_parameters": "lower",
+    "personalisation_bytes": "lower",
     "denoiser_bytes": "lower",
     "denoiser_size_ratio": "lower",
     "selfcheck_rel_rms": "lower",
