@@ -173,9 +173,12 @@ def errors_of(model: nn.Module, call: dict[str, Any], want: Tensor) -> tuple[dic
 
 def kernels_of(model: Callable[..., Any], call: dict[str, Any], most: int = 14) -> list[dict[str, Any]]:
     """The kernels that take most of one eager call: name, milliseconds, launches."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        model(**call)
-        torch.cuda.synchronize()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            model(**call)
+            torch.cuda.synchronize()
+    except RuntimeError as error:  # a machine that lends no counters still has times
+        return [{"kernel": f"not profiled: {error}"}]
     found = sorted(profile.key_averages(), key=lambda one: -one.self_device_time_total)
     return [{"kernel": one.key[:90], "ms": round(one.self_device_time_total / 1e3, 4), "launches": one.count} for one in found[:most]]
 
@@ -334,8 +337,9 @@ def measure_on_gpu(name: str, bench: GpuBench, say: Say = print) -> Iterator[dic
         if right:
             row["gate"] = "passed"
             row[name_of] = _times(model, call, timesteps, bench, say)
-            row[f"kernels_{name_of}"] = kernels_of(model, call) if bench.device == "cuda" else []
         yield row
+        if right and bench.device == "cuda":
+            row[f"kernels_{name_of}"] = kernels_of(model, call)
     row["ratios"] = _ratios(row)
     say(f"  ratios {row['ratios']}")
     yield row
