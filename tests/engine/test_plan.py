@@ -329,9 +329,8 @@ def test_training_scales_takes_a_fraction_of_training_floats_and_no_more_than_ql
     from diffusers import UNet2DConditionModel
 
     blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(16, cross_attention_dim=64, block_out_channels=(128, 256), layers_per_block=1, **blocks)
-    unet.requires_grad_(False)
+    unet = UNet2DConditionModel(16, cross_attention_dim=64, block_out_channels=(128, 256), layers_per_block=1, **blocks)
+    unet.to("meta").requires_grad_(False)
 
     def peak(name: str) -> int:
         given = load_recipe(f"{name}-personalise", ["finetune.batch_size=1"]).recipe
