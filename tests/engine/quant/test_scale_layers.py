@@ -14,6 +14,7 @@ from torch import nn
 from qdm_cli.engine.diffusion.intervals import uniform_keys
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.row_adam import RowAdam
+from qdm_cli.engine.quant.scale_adapt import enable_checkpointing_
 from qdm_cli.engine.quant.scale_layers import ScaleTables, build_scaled_, start_scales, state_digest
 from qdm_cli.engine.quant.scale_set import ScaleSet, check_base, read_scales, write_scales
 from qdm_cli.engine.quant.state import QuantState, read_state, write_state
@@ -92,6 +93,22 @@ def test_only_the_interval_in_use_learns(weights_only: Any, tiny_unet: Any) -> N
         for old, new in zip(before, parameters, strict=True):
             assert not torch.equal(old[used], new[used])
             assert torch.equal(old[1 - used], new[1 - used])
+
+
+def test_activations_computed_twice_give_the_same_gradients(weights_only: Any, tiny_unet: Any) -> None:
+    found = []
+    for again in (False, True):
+        denoiser, tables = scaled(tiny_unet, weights_only)
+        if again:
+            enable_checkpointing_(denoiser)
+        parameters = [p.requires_grad_(True) for p in tables.parameters()]
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            loss = call(denoiser, noise(), torch.tensor([10, 900])).square().mean()
+        found.append((torch.autograd.grad(loss, parameters), sum(kept)))
+    for plain, checkpointed in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-8)
+    assert found[1][1] < 0.7 * found[0][1], "or nothing is saved"
 
 
 class TestFile:
