@@ -39,8 +39,8 @@ def _kind(report: Report) -> str:
 def _device(report: Report) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     threads = f", {report['threads']} threads" if report.get("threads") else ""
-    commit = f"commit `{str(report['git_commit'])[:9]}`"
-    head = f"**{report['device']}**{threads}, baseline {report['baseline']}, {report['clock']}; {versions}; {commit}"
+    commit = f"; commit `{report['git_commit'][:9]}`" if report.get("git_commit") else ""
+    head = f"**{report['device']}**{threads}, baseline {report['baseline']}, {report['clock']}; {versions}{commit}"
     layers = [row for row in report["rows"] if row["kind"] == "layer"]
     wholes = [row for row in report["rows"] if row["kind"] == "denoiser" and "ratios" in row]
     return "\n\n".join(part for part in (head, _layer_table(layers), _denoiser_table(wholes)) if part)
