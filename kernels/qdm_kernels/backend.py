@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from qdm_kernels import onednn
+from qdm_kernels.attention.op import why_not_cpu as why_not_bf16
 from qdm_kernels.geometry import Conv2dGeometry
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -44,7 +45,7 @@ class Probe:
     linear: Exact
     conv2d: Exact
     fp32: bool  # float32 matmul and convolution return exact integers
-    bf16_output: bool = False  # oneDNN rounds its float32 result once to bfloat16
+    bf16_output: bool = False  # oneDNN writes bfloat16 fast, its float32 result rounded once
     fused_bias: bool = False  # oneDNN adds a bias after its own multiply by the scale, with a rounding between them as in the contract
 
     def int8(self, op: str) -> Exact:
@@ -123,7 +124,9 @@ def probe() -> Probe:
     with torch.no_grad():
         linear, conv2d = _exactness(_linear_is_exact), _exactness(_conv2d_is_exact)
         runs = Exact.NONE not in (linear, conv2d)
-        fused, bf16 = (runs and _epilogue_is_exact(dtype) for dtype in (torch.float32, torch.bfloat16))
+        fused = runs and _epilogue_is_exact(torch.float32)
+        # without native bf16 oneDNN has no fast kernel that writes it: its reference code runs, 20 times slower
+        bf16 = runs and why_not_bf16() is None and _epilogue_is_exact(torch.bfloat16)
         return Probe(linear, conv2d, fp32=_fp32_is_exact(), bf16_output=bf16, fused_bias=fused)
 
 
