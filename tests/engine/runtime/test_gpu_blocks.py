@@ -15,7 +15,7 @@ from torch import nn
 from qdm_cli.engine.models.tiny import tiny_denoiser
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
 from qdm_cli.engine.runtime import choice, gpu, gpu_fused
-from qdm_cli.engine.runtime.choice import Machine
+from qdm_cli.engine.runtime.choice import Choice, Machine
 from qdm_cli.engine.runtime.gpu import prepare_integers
 from qdm_cli.engine.runtime.gpu_blocks import GPU_BLOCKS, fuse_gpu_blocks_
 from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_
@@ -101,6 +101,22 @@ def test_copies_and_other_modes_keep_working(make_state) -> None:
     twin: nn.Module = copy.deepcopy(model)
     assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
     assert {name for name, _ in twin.named_buffers()} == {name for name, _ in model.named_buffers()}
+
+
+@torch.no_grad()
+def test_readers_in_half_precision_have_no_joint_operand(make_state, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_denoiser("dit").eval().requires_grad_(False)
+    pack_denoiser_(model, make_state(model, symmetric=True, bits_w=8), "auto")
+    attention = model.transformer_blocks[0].attn1
+    layers = [attention.to_q, attention.to_k, attention.to_v]
+    small = Choice("float", "too small")
+    monkeypatch.setattr(gpu, "make_form", lambda layer: gpu.Form(small))
+    for layer in layers:
+        layer.set_mode_("exact")  # forgets the form that it has
+        layer.set_mode_("auto")
+    assert all(layer.form.choice is small for layer in layers)
+    monkeypatch.setattr(gpu, "prepare_integers", lambda *parts: pytest.fail("an operand that nobody reads"))
+    assert gpu.join(layers) is None
 
 
 @torch.no_grad()
