@@ -36,7 +36,7 @@ def _faster(processor: type) -> type:
     class Faster(processor):  # type: ignore[misc, valid-type]
         @functools.wraps(processor.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():  # inductor fuses its own
+            if torch.compiler.is_compiling() or not _on_cpu(args, kwargs):  # inductor fuses its own; a mode costs every call on a GPU
                 return super().__call__(*args, **kwargs)
             with _ChunkedAttention():
                 return super().__call__(*args, **kwargs)
@@ -44,6 +44,18 @@ def _faster(processor: type) -> type:
     Faster.__name__ = Faster.__qualname__ = processor.__name__
     Faster.original = processor  # type: ignore[attr-defined]
     return Faster
+
+
+def _on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Does a processor's call read features that lie on a CPU? Its arguments are the attention, then the features."""
+    features = args[1] if len(args) > 1 else kwargs.get("hidden_states")
+    return isinstance(features, torch.Tensor) and features.device.type == "cpu"
+
+
+def plain_processor(attention: nn.Module) -> type:
+    """Class of an attention's processor as diffusers has it, whether or not its product is replaced."""
+    kind = type(attention.processor)
+    return getattr(kind, "original", kind)
 
 
 def speed_up_attention_(denoiser: nn.Module, *, enabled: bool) -> int:

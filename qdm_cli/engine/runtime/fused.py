@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from qdm_cli.engine.quant.attention import CHILD
+from qdm_cli.engine.runtime.attention import plain_processor
 from qdm_cli.engine.runtime.modules import PackedConv2d, PackedLayer, PackedLinear
 from qdm_kernels.attention import op as attention_op
 from qdm_kernels.blocks import slices
@@ -128,7 +129,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 
 def _is_plain(attn: nn.Module) -> bool:
     """Queries, keys and values of one width, one product, one projection: nothing that a processor of diffusers adds to that."""
-    own = getattr(type(attn.processor), "original", type(attn.processor)) is AttnProcessor2_0
+    own = plain_processor(attn) is AttnProcessor2_0
     extras = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
     return own and not hasattr(attn, CHILD) and not any(getattr(attn, name) for name in extras) and attn.rescale_output_factor == 1
 

@@ -123,7 +123,7 @@ def _share_storage_(layer: PackedLayer, prepared: Any) -> None:
 
 @torch.no_grad()
 def join(layers: Sequence[PackedLayer]) -> Any:
-    """One operand for layers that read the same codes; each goes on with its own rows of it. None = not in one allocation, or no integers."""
+    """One operand for layers that read the same codes; each goes on with its own rows of it. None = apart, or no integers."""
     if any(layer.form.choice.kernel != "integer" for layer in layers):
         return None
     parts = [layer.stored_parts() for layer in layers]

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from qdm_cli.engine.quant.attention import CHILD
 from qdm_cli.engine.runtime import gpu
 from qdm_cli.engine.runtime import gpu_fused as fused
+from qdm_cli.engine.runtime.attention import plain_processor
 from qdm_cli.engine.runtime.fused import FusedBasicTransformerBlock, FusedResnetBlock2D, FusedTransformer2DModel, unhooked
 from qdm_cli.engine.runtime.modules import PackedLayer, PackedLinear
 from qdm_cli.engine.runtime.reuse import SharedInput, same_codes
@@ -152,7 +153,7 @@ class GpuFluxBlock(FluxTransformerBlock):
     def _known_here(self) -> bool:
         norms = (self.norm1, self.norm1_context, self.norm2, self.norm2_context)
         plain = _plain_mlp(self.ff) and _plain_mlp(self.ff_context) and unhooked(*norms)
-        return plain and type(self.attn.processor) is FluxAttnProcessor
+        return plain and plain_processor(self.attn) is FluxAttnProcessor
 
 
 class GpuFluxSingleBlock(FluxSingleTransformerBlock):
@@ -182,7 +183,7 @@ class GpuFluxSingleBlock(FluxSingleTransformerBlock):
 
     def _known_here(self) -> bool:
         gelu = isinstance(self.act_mlp, nn.GELU) and self.act_mlp.approximate == "tanh"
-        plain = gelu and type(self.attn.processor) is FluxAttnProcessor and unhooked(self.norm, self.act_mlp)
+        plain = gelu and plain_processor(self.attn) is FluxAttnProcessor and unhooked(self.norm, self.act_mlp)
         return plain and self.shares_input
 
     def compare_(self) -> None:
@@ -229,10 +230,9 @@ def _reader(attn: nn.Module, name: str = "to_q") -> nn.Module | None:
 
 def _plain_attention(attn: Attention) -> bool:
     """Is it softmax(q k) v and nothing else?"""
-    processor = getattr(type(attn.processor), "original", type(attn.processor))
     extras = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross or None)
     plain = all(one is None for one in extras) and not attn.residual_connection and attn.rescale_output_factor == 1
-    return processor is AttnProcessor2_0 and plain and not hasattr(attn, CHILD) and unhooked(attn)
+    return plain_processor(attn) is AttnProcessor2_0 and plain and not hasattr(attn, CHILD) and unhooked(attn)
 
 
 def _plain_mlp(mlp: FeedForward) -> bool:

@@ -20,11 +20,13 @@ from qdm_cli.engine.runtime.gpu import prepare_integers
 from qdm_cli.engine.runtime.gpu_blocks import GPU_BLOCKS, fuse_gpu_blocks_
 from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_
 from qdm_cli.engine.runtime.reuse import SharedInput
+from qdm_kernels.attention import op as attention_op
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors take the way of CUDA tensors, and tiny layers run integers too."""
+    """CPU tensors take the way of CUDA tensors, tiny layers run integers too, and the CPU multiplies bf16, as beside GPUs."""
+    monkeypatch.setattr(attention_op, "why_not_cpu", lambda: None)
     monkeypatch.setattr(gpu, "is_gpu", lambda device: device.type == "cpu")
     monkeypatch.setattr(Machine, "of", classmethod(lambda cls, device, op: cls("cuda", (9, 0), triton=True)))
     monkeypatch.setattr(choice, "_CUDA", ())
