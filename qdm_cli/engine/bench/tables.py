@@ -1,4 +1,4 @@
-"""The tables and the plot of kernels/README.md, made of the JSON files under kernels/bench/results and of nothing else."""
+"""The tables and the plot of kernels/README.md, made of the results under kernels/bench and the shipped tiles, and of nothing else."""
 
 from __future__ import annotations
 
@@ -113,8 +113,27 @@ def _bar(index: int, name: str, ratio: float | None) -> str:
     return f'<text x="{_LEFT - 6}" y="{y}" text-anchor="end">{safe}</text>{bar}<text x="{_LEFT + width + 4}" y="{y}">{ratio:.2f}x</text>'
 
 
-def filled(readme: str, reports: list[Report]) -> str:
-    """A README with the part between the two marks made anew.
+def tuned_table(path: Path) -> str:
+    """Markdown of a file of measured tiles: one kernel's time on its operands, codes in and bf16 out, against bf16 of cuBLAS or cuDNN."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    rows = [
+        [e["op"], f"{e['m']} x {e['n']} x {e['k']}", f"{e['bf16_us']:.1f}", f"{e['us']:.1f}", f"{e['ratio']:.2f}x", _tile(e)]
+        for e in content["entries"]
+    ]
+    head = ("kernel", "M (its power of two) x N x K", "bf16 us", "qdm us", "ratio", "tile, warps, stages, splits of K")
+    text = f"**{content['device']}**, kernels alone, `{path.name}` of `qdm bench --tune`, each bit for bit the reference; {versions}"
+    return f"{text}\n\n{_markdown(head, rows)}"
+
+
+def _tile(entry: dict[str, Any]) -> str:
+    tile = entry["tile"]
+    size = f"{tile['bm']}x{tile['bn']}x{tile['bk']}, {tile['warps']}, {tile['stages']}, {entry['splits']}"
+    return f"{size}{', copy engine' if tile.get('tma') else ''}"
+
+
+def filled(readme: str, reports: list[Report], tuned: tuple[Path, ...] = ()) -> str:
+    """A README with the part between the two marks made anew; tuned: files of measured tiles.
 
     Raises:
         ValueError: it does not have both marks.
@@ -123,14 +142,16 @@ def filled(readme: str, reports: list[Report]) -> str:
     _, also, after = rest.partition(END)
     if not (found and also):
         raise ValueError(f"the README has no pair of marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{tables(reports)}\n\n![ratios](bench/results/ratios.svg)\n\n{END}{after}"
+    text = "\n\n".join([tables(reports), *map(tuned_table, tuned)])
+    return f"{before}{BEGIN}\n{text}\n\n![ratios](bench/results/ratios.svg)\n\n{END}{after}"
 
 
 def update(kernels: Path, *, check: bool = False) -> list[Path]:
     """Write the README and the plot of a kernels folder; returns those that were out of step. check: write nothing."""
     reports = read_reports(kernels / "bench/results")
     readme, picture = kernels / "README.md", kernels / "bench/results/ratios.svg"
-    wanted = {readme: filled(readme.read_text(encoding="utf-8"), reports), picture: plot(reports)}
+    tuned = tuple(sorted((kernels / "qdm_kernels/tuned").glob("*.json")))
+    wanted = {readme: filled(readme.read_text(encoding="utf-8"), reports, tuned), picture: plot(reports)}
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in [] if check else stale:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -80,3 +80,12 @@ def test_update_writes_once_and_reads_only_reports(tmp_path: Path) -> None:
 def test_a_readme_without_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="no pair of marks"):
         filled("nothing", [])
+
+
+def test_measured_tiles_have_a_table_of_their_own(tmp_path: Path) -> None:
+    tile = {"bm": 128, "bn": 64, "bk": 128, "warps": 4, "stages": 3, "tma": True}
+    entry = {"op": "linear_w8a8", "m": 64, "n": 32, "k": 128, "tile": tile, "splits": 2, "us": 2.0, "bf16_us": 5.0, "ratio": 2.5}
+    path = tmp_path / "sm90.json"
+    path.write_text(json.dumps({"device": "some GPU", "versions": {"triton": "3.6"}, "entries": [entry]}), encoding="utf-8")
+    text = filled(f"a{BEGIN}{END}b", [], (path,))
+    assert "| linear_w8a8 | 64 x 32 x 128 | 5.0 | 2.0 | 2.50x | 128x64x128, 4, 3, 2, copy engine |" in text
