@@ -88,7 +88,8 @@ def measure(work: Path, batch: int, side: int, rounds: int) -> dict[str, Any]:
         return row | {"gate": f"failed: {', '.join(wrong)} is not the float model"}
     times = time_calls({name: _ignoring(run) for name, run in calls.items()}, buffers=1, device="cpu", rounds=rounds, warm_up=1)
     base = times["float"]["best_ms"]
-    return row | {"gate": "passed", "times": times, "ratios": {name: base / one["best_ms"] for name, one in times.items() if name != "float"}}
+    ratios = {name: base / one["best_ms"] for name, one in times.items() if name != "float"}
+    return row | {"gate": "passed", "times": times, "ratios": ratios}
 
 
 def _ignoring(run: Callable[[], Tensor]) -> Callable[[int], Tensor]:
