@@ -7,7 +7,7 @@ import torch
 
 from qdm_kernels.gemm.tiles import GROUP_M, TMA_TILES, Plan, Tile, bucket, measured, processors, user_file, why_not_tma
 
-__all__ = ["GROUP_M", "TILES", "choose_conv_plan", "fits_conv"]
+__all__ = ["GROUP_M", "TILES", "choose_conv_plan", "fits_conv", "register_cap"]
 
 # Eight warps at 128 registers, or four at 255, let two programs share a multiprocessor.
 TILES = (
@@ -59,6 +59,11 @@ def choose_tile(m: int, n: int, channels: int, count: int, capability: int, *, t
         bn = 64
         bm = 128 if _count(m, 128) * _count(n, 64) >= count else 64
     return next(t for t in (TMA_TILES if tma else TILES) if (t.bm, t.bn, t.bk) == (bm, bn, bk))
+
+
+def register_cap(tile: Tile, taps: int, wide: bool) -> int | None:
+    """Registers per thread that a tile is compiled with; None = the compiler's. One tap, or 64-bit offsets, spill at the tile's."""
+    return None if taps == 1 or wide else tile.registers
 
 
 def choose_splits(m: int, n: int, blocks: int, tile: Tile, count: int) -> int:

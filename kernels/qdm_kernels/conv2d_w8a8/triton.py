@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qdm_kernels.conv2d_w8a8.tiles import GROUP_M, choose_conv_plan
+from qdm_kernels.conv2d_w8a8.tiles import GROUP_M, choose_conv_plan, register_cap
 from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.epilogue.triton import pick, store
 from qdm_kernels.exact import subtract_zero_point, value_range
@@ -298,7 +298,8 @@ def _multiply(
     bits, m = 4 if weight.dtype == torch.uint8 else 8, b * size[0] * size[1]
     blocks, overlap = row * 8 // bits // tile.bk, overlaps(x.device)
     constants = (*shape, *flags, bits, COMPILED, c % tile.bk == 0, tile.swap, work is not None, tile.bm, tile.bn, tile.bk, GROUP_M, overlap)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "launch_pdl": overlap}
+    cap = register_cap(tile, kh * kw, wide=flags[0])
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": cap, "launch_pdl": overlap}
     run(
         conv2d_kernel, (cdiv(m, tile.bm) * cdiv(f, tile.bn), splits, 1),
         ("conv2d", x.device.index, constants, kind, tile, f % 16 == 0, f == 1),
