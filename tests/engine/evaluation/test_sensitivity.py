@@ -42,7 +42,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
     loaded = load_pipeline(recipe.model, recipe.sampler)
     before = {name: value.clone() for name, value in loaded.denoiser.state_dict().items()}
     decisions = resolve(loaded.denoiser, recipe.quantize)
-    store = TrajectoryStore(capture(loaded, recipe.calibrate, ctx))
+    store = TrajectoryStore(capture(loaded, recipe.calibrate, ctx, ctx.resume / "trajectories", samples=recipe.calibrate.data.samples))
     chosen = [d for d in decisions if d.name in (CONV, LINEAR, SKIPPED)]
     spec = recipe.calibrate.model_copy(update={"sensitivity": "end_to_end"})
     table = measure(loaded, chosen, spec, ctx, store)
