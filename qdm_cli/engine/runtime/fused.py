@@ -27,6 +27,7 @@ from qdm_kernels.linear_w8a8 import op as linear_op
 from qdm_kernels.quantize.op import quantize
 
 HIDDEN_BYTES = 2 << 20  # per thread, of the widest activation of a feed-forward: it then stays in the last-level cache
+LEAST_VALUES = 65_536  # of an image: blocks of the builtin model, 32,768 and fewer, took 136 ms for 16 images with them and 94 ms without
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
@@ -195,6 +196,8 @@ def unhooked(*modules: nn.Module) -> bool:
 
 
 def _runs_here(x: Tensor) -> bool:
+    if x.numel() < LEAST_VALUES * len(x):
+        return False
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return False
     return not (torch.is_grad_enabled() and x.requires_grad)

@@ -21,7 +21,7 @@ from qdm_cli.engine.quant.modules import conv2d_channels_last, dynamic_qparams, 
 from qdm_cli.engine.quant.state import LayerState, QuantState
 from qdm_cli.engine.quant.state_apply import checked_layer, load_floats_, replace_
 from qdm_cli.engine.runtime import gpu
-from qdm_cli.engine.runtime.choice import SMALL_PRODUCT, Case, Choice, Machine, Mode, choose, say_once
+from qdm_cli.engine.runtime.choice import BF16_PRODUCT, Case, Choice, Machine, Mode, choose, say_once
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_cli.engine.runtime.reuse import PerPrompt, SharedInput
 from qdm_kernels.attention.op import why_not_cpu as why_not_bf16
@@ -275,7 +275,7 @@ class PackedLayer(nn.Module):
         """Dequantized weight, activations as they come: what `auto` runs where integers would be slower; in bf16 on CPUs that have it."""
         if x.device.type != "cpu":
             return self._apply_op(x, *gpu.expanded(self, x.dtype))
-        large = self._rows(x) * self.spec.terms * self.spec.outputs >= SMALL_PRODUCT
+        large = self._rows(x) * self.spec.terms * self.spec.outputs >= BF16_PRODUCT
         dtype = torch.bfloat16 if large and why_not_bf16() is None else torch.float32
         bias = self._buffers["bias"]
         with torch.autocast("cpu", enabled=False):

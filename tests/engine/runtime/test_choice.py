@@ -109,7 +109,7 @@ def test_auto_computes_with_the_dequantized_weight_and_float_activations(
 ) -> None:
     probe_as(Exact.NONE)
     monkeypatch.setattr(modules, "why_not_bf16", lambda: None if native else "not native")
-    monkeypatch.setattr(modules, "SMALL_PRODUCT", 0)
+    monkeypatch.setattr(modules, "BF16_PRODUCT", 0)
     original = {"linear": nn.Linear(80, 24), "conv3x3": nn.Conv2d(16, 12, 3, padding=1), "conv1x1": nn.Conv2d(72, 10, 1, bias=False)}[kind]
     x = torch.randn((6, 80) if kind == "linear" else (2, original.in_channels, 7, 6), generator=torch.Generator().manual_seed(0))
     packed = packed_from_state(make_layer_state(original, bits_w=8), original, 1)
@@ -153,6 +153,7 @@ def test_an_exports_layers_are_listed_with_their_reasons(
     tmp_path, probe_as, tiny_unet, make_state, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QDM_MODE", "auto")
+    monkeypatch.setattr(choice, "SMALL_PRODUCT", 0)  # the layers of a tiny model are
     probe_as(Exact.SMALL)
     state = make_state(tiny_unet)  # 4 bits, 8 at both ends
     write_component(tmp_path / "unet", tiny_unet, *packed_tensors(tiny_unet, state))

@@ -32,6 +32,7 @@ def packed() -> tuple[nn.Module, dict[str, Tensor]]:
 @pytest.fixture(autouse=True)
 def integers_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qdm_cli.engine.runtime.choice.SMALL_PRODUCT", 0)
+    monkeypatch.setattr("qdm_cli.engine.runtime.fused.LEAST_VALUES", 0)
     monkeypatch.setattr("qdm_kernels.blocks.BLOCK_BYTES", 1 << 14)  # several blocks per tensor, and a shorter last one
     monkeypatch.setattr(fused, "HIDDEN_BYTES", 1)
 
