@@ -232,7 +232,7 @@ def test_warnings_of_libraries_go_to_the_log(folder: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "SIGINT"), (signal.SIGTERM, 143, "SIGTERM")])
 def test_signals_leave_the_folder_in_order_and_say_how_to_go_on(folder: Path, number: signal.Signals, code: int, name: str) -> None:
-    process = start("calibrate", "r.yaml", "name=a-b", FAKE_DELAY="0.3")
+    process = start("calibrate", "r.yaml", "name=a-b", FAKE_DELAY="1.0")  # the signal must come before the end, on a busy machine too
     wait_for_units(2)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
