@@ -118,7 +118,7 @@ def _open(folder: Path, base: Subject, ctx: RunContext) -> LoadedPipeline:
     """An exported folder with the recipe's sampler: its own scheduler has that sampler's settings already, the base's are certain."""
     component = base.loaded.component
     if (folder / "model_index.json").is_file():
-        pipeline = open_pipeline(folder, mode="exact", torch_dtype=next(base.denoiser.parameters()).dtype)
+        pipeline = open_pipeline(folder, mode="exact", cache=False, torch_dtype=next(base.denoiser.parameters()).dtype)
         pipeline.scheduler = type(base.loaded.pipeline.scheduler).from_config(base.loaded.pipeline.scheduler.config)
     else:
         pipeline = load_base(ctx).loaded.pipeline
@@ -126,8 +126,8 @@ def _open(folder: Path, base: Subject, ctx: RunContext) -> LoadedPipeline:
         denoiser = type(base.denoiser).from_pretrained(folder)
         tune_(denoiser, "exact")  # metrics must not depend on which layers this machine would run in floating point
         setattr(pipeline, component, denoiser)
-        if (folder / SCHEDULE_FILE).is_file():
-            cached(pipeline, folder).enable()
+    if (folder / SCHEDULE_FILE).is_file():  # after the scheduler is in its place: the cache follows the one that it finds
+        cached(pipeline, folder).enable()
     if ctx.recipe.device.offload == "none" or not ctx.device.startswith("cuda"):
         pipeline.to(ctx.device)
     else:
