@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -10,6 +11,24 @@ import torch
 
 MOST_BRANCHES = 4
 """Denoiser calls between two scheduler steps: guidance has up to three branches; what calls more often is no sampling loop."""
+
+
+_LINK = "__qdm_link__"
+
+
+@dataclass(frozen=True, eq=False)
+class _Link:
+    """One method of a scheduler that a clock has put its own around.
+
+    Attributes:
+        clock: the owner.
+        inner: the method below.
+        before: what the scheduler object itself held under the name; None = nothing, the method is its class's.
+    """
+
+    clock: Clock
+    inner: Callable[..., Any]
+    before: Any
 
 
 class Clock:
@@ -25,8 +44,7 @@ class Clock:
     def __init__(self, on_open: Callable[[Any], None]):
         self.scheduler: Any = None
         self._on_open = on_open
-        self._token: object = None
-        self._links: dict[str, tuple[Any, Any]] = {}
+        self._links: dict[str, _Link] = {}
         self._close()
 
     def _close(self) -> None:
@@ -40,34 +58,50 @@ class Clock:
         if scheduler is self.scheduler:
             return
         self.release()
-        self.scheduler, self._token = scheduler, object()
-        for name, react in (("set_timesteps", self.open), ("step", self._advance)):
-            outer = self._linked(getattr(scheduler, name), react, self._token)
-            self._links[name] = (outer, vars(scheduler).get(name))
-            setattr(scheduler, name, outer)
+        self.scheduler = scheduler
+        self._link_all()
 
-    def _linked(self, inner: Callable[..., Any], react: Callable[[], None], token: object) -> Callable[..., Any]:
+    def _link_all(self) -> None:
+        for name, react in (("set_timesteps", self.open), ("step", self._advance)):
+            if name not in self._links or not _reaches(getattr(self.scheduler, name), self._links[name]):
+                self._unlink(name)  # what is left of an earlier link would only lie in between
+                self._link(name, react)
+
+    def _link(self, name: str, react: Callable[[], None]) -> None:
+        inner = getattr(self.scheduler, name)
+        link = self._links[name] = _Link(self, inner, vars(self.scheduler).get(name))
+
         @wraps(inner)  # whoever wraps it again reads its signature
         def method(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
-            if token is self._token:
+            if self._links.get(name) is link:
                 react()
             return result
 
-        return method
+        setattr(method, _LINK, (method, link))
+        setattr(self.scheduler, name, method)
+
+    def _unlink(self, name: str) -> None:
+        """Take away methods of this clock that lie on top; one that was wrapped again since stays and does nothing more."""
+        self._links.pop(name, None)
+        while (link := _link_of(vars(self.scheduler).get(name))) is not None and link.clock is self:
+            delattr(self.scheduler, name)
+            if link.before is not None:
+                setattr(self.scheduler, name, link.before)
 
     def release(self) -> None:
-        """Give the scheduler its own methods back; twice = once. A method that was wrapped again since stays and does nothing more."""
-        for name, (outer, before) in self._links.items():
-            if vars(self.scheduler).get(name) is outer:
-                delattr(self.scheduler, name)
-                if before is not None:
-                    setattr(self.scheduler, name, before)
-        self._links, self.scheduler, self._token = {}, None, None
+        """Give the scheduler its own methods back; twice = once."""
+        for name in list(self._links):
+            self._unlink(name)
+        self.scheduler = None
         self._close()
 
     def open(self) -> None:
-        """Begin a trajectory over the scheduler's present timesteps."""
+        """Begin a trajectory over the scheduler's present timesteps.
+
+        Whoever wrapped a method before this clock did, and took the wrapper off again since, took the clock's method off with it.
+        """
+        self._link_all()
         self._close()
         self._calls = len(self.scheduler.timesteps)
         self._on_open(self.scheduler)
@@ -99,6 +133,21 @@ class Clock:
         if told is not None:
             return int(told)
         return nearest(self.scheduler, timestep) if known is None else known
+
+
+def _link_of(method: Any) -> _Link | None:
+    """The link that a method was made for; None = it is no clock's. Whoever wraps a function copies its attributes as well."""
+    owner, link = getattr(method, _LINK, (None, None))
+    return link if owner is method else None
+
+
+def _reaches(method: Any, link: _Link) -> bool:
+    """Whether a method is that of `link`, or a wrapper that says to call it."""
+    while method is not None:
+        if _link_of(method) is link:
+            return True
+        method = getattr(method, "__wrapped__", None)
+    return False
 
 
 def place_in_memory(table: torch.Tensor, value: Any) -> int | None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -441,6 +442,50 @@ class TestSwitching:
                 run(loaded, scheduler="EulerDiscreteScheduler", guidance=1.0)
             assert "step" not in vars(first)
         assert full_calls(seen) == [0, 3, 6, 9] and cache.summary()["fell_open"] == {}
+
+    @pytest.mark.parametrize("named", [True, False], ids=["functools.wraps", "bare"])
+    def test_a_scheduler_that_was_wrapped_for_a_while_is_followed(self, sd: LoadedPipeline, named: bool) -> None:
+        """The wrapper lies below the clock's method at first, and takes it off together with itself."""
+        loaded = with_scheduler(sd, DDIM)
+        euler = {"scheduler": "EulerDiscreteScheduler", "guidance": 1.0}
+        with qdm_cli.cached(loaded.pipeline, interval=3) as cache:
+            second = schedulers.EulerDiscreteScheduler.from_config(loaded.pipeline.scheduler.config)
+            loaded.pipeline.scheduler = second
+            for _ in range(3):
+                inner, before = second.step, vars(second).get("step")
+
+                def step(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
+                    return inner(*args, **kwargs)
+
+                second.step = wraps(inner)(step) if named else step
+                for wrapped in (True, False):
+                    if not wrapped:
+                        del second.step
+                        if before is not None:
+                            second.step = before
+                    with watched(sd.denoiser) as seen:
+                        run(loaded, **euler)
+                    assert full_calls(seen) == [0, 3, 6, 9]
+            assert cache.summary()["fell_open"] == {} and cache.summary()["trajectories"] == 6
+            layers, method = 0, second.step
+            while (method := getattr(method, "__wrapped__", None)) is not None:
+                layers += 1
+            assert layers <= 1
+        assert not {"step", "set_timesteps"} & vars(second).keys()
+
+    def test_a_wrapper_that_outlives_the_cache_does_no_more_than_call(self, sd: LoadedPipeline) -> None:
+        loaded = with_scheduler(sd, DDIM)
+        scheduler, calls = loaded.pipeline.scheduler, []
+        with qdm_cli.cached(loaded.pipeline, interval=3) as cache:
+            inner = scheduler.step
+            scheduler.step = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
+            for _ in range(2):
+                with watched(sd.denoiser) as seen:
+                    run(loaded, guidance=1.0)
+                assert full_calls(seen) == [0, 3, 6, 9]
+        with watched(sd.denoiser) as seen:
+            run(loaded, guidance=1.0)
+        assert seen == ["full"] * STEPS and len(calls) == 3 * STEPS and cache.summary()["trajectories"] == 2
 
     def test_replaced_layers_are_seen(self) -> None:
         """Adapters replace layers: the halves are cut anew at the next trajectory."""
