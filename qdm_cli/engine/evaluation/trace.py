@@ -13,7 +13,9 @@ from torch import nn
 
 from qdm_cli.engine.diffusion.sampling import generate
 from qdm_cli.engine.diffusion.trajectories import call_arguments, captured_calls, output_tensor, sample_tensor, timestep_of
+from qdm_cli.engine.evaluation.folds import fold_factors, times_channels
 from qdm_cli.engine.evaluation.subject import Subject, weight_of
+from qdm_cli.engine.quant.modules import per_input
 
 if TYPE_CHECKING:
     from qdm_cli.engine.recipe.schema import SamplerSpec
@@ -124,6 +126,7 @@ def teacher_forced(base: Subject, other: Subject, result: Trace, *, steps: int) 
     inputs: list[torch.Tensor] = []
     predicted: list[torch.Tensor] = []
     chosen = {0, steps // 2, max(0, steps - 1)}
+    folds = fold_factors(base, other)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = call_arguments(module, args, kwargs)
@@ -141,7 +144,8 @@ def teacher_forced(base: Subject, other: Subject, result: Trace, *, steps: int) 
     def compare_layer(name: str, twin: nn.Module) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if len(inputs) - 1 in chosen:
-                result.layers[name].add(twin(*args, **kwargs), output)
+                x = args[0] if name not in folds else times_channels(args[0], folds[name], module)
+                result.layers[name].add(twin(x, *args[1:], **kwargs), output)
 
         return hook
 
@@ -156,22 +160,28 @@ def teacher_forced(base: Subject, other: Subject, result: Trace, *, steps: int) 
 
 def layer_rows(base: Subject, other: Subject, errors: dict[str, ErrorSum]) -> list[dict[str, Any]]:
     """The manifest's rows with the SQNR of each quantized weight and the relative error of its output."""
-    rows = []
+    rows, folds = [], fold_factors(base, other)
     for row in other.layers:
         name, error = row["name"], errors.get(row["name"])
         extra: dict[str, Any] = {"weight_sqnr_db": None, "output_error": None}
         if error is not None:
-            extra["weight_sqnr_db"] = weight_sqnr_db(base.denoiser.get_submodule(name), other.denoiser.get_submodule(name))
+            layers = (subject.denoiser.get_submodule(name) for subject in (base, other))
+            extra["weight_sqnr_db"] = weight_sqnr_db(*layers, factors=folds.get(name))
             extra["output_error"] = error.relative if error.count else None
         rows.append({**row, **extra})
     return rows
 
 
-def weight_sqnr_db(layer: nn.Module, twin: nn.Module) -> float | None:
-    """Signal to quantization noise of a weight in dB; at most 200, None without a weight."""
+def weight_sqnr_db(layer: nn.Module, twin: nn.Module, *, factors: torch.Tensor | None = None) -> float | None:
+    """Signal to quantization noise of a weight in dB; at most 200, None without a weight.
+
+    `factors` [I]: of the input channels, which reach the twin multiplied by them, so that its weight stands for W / factors; None = 1.
+    """
     weight, other = weight_of(layer), weight_of(twin)
     if weight is None or other is None:
         return None
+    if factors is not None:
+        weight = weight / per_input(factors.to(weight.device), weight)
     signal = weight.detach().double().square().sum().item()
     noise = (weight.detach().double() - other.detach().double()).square().sum().item()
     return min(200.0, 10 * math.log10(max(signal, 1e-300) / max(noise, 1e-300)))

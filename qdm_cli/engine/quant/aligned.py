@@ -114,7 +114,8 @@ def start_state(
     layers: dict[str, LayerState] = {}
     floats: dict[str, torch.Tensor] = {}
     for name, decision in chosen.items():
-        own = replace(decision, pre_scale=name in factors and name not in meta["norms"])
+        norm = meta["norms"].get(name)
+        own = replace(decision, pre_scale=name in factors and norm is None, folded_into=norm)
         layers[name] = code_layer(denoiser.get_submodule(name), own, plan.factors.weight_rule, None, factors.get(name)).cpu()
     for name, norm in meta["norms"].items():
         floats |= folded_parameters(denoiser.get_submodule(norm), norm, factors[name])

@@ -36,6 +36,7 @@ def layer_rows(state: QuantState) -> list[dict[str, Any]]:
                 "symmetric": d.symmetric,
                 "split": d.split,
                 "pre_scale": d.pre_scale,
+                "folded_into": d.folded_into,
                 "timestep_rows": 0 if layer.act_scale is None else len(layer.act_scale),
                 "rule": d.rule,
                 "skipped_why": None,

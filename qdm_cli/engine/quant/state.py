@@ -37,6 +37,7 @@ class LayerDecision:
         split: inputs of the first of two concatenated tensors, which are quantized apart; None = one range. The weight then has scales
             [O, 2] whatever the granularity, and activation tables are [R, 2].
         pre_scale: every input channel has a factor of its own before it is quantized (TCAQ-DM).
+        folded_into: the norm before the layer whose affine parameters hold those factors instead; None = no norm does.
         rule: the rule that decided, as shown to people.
         skipped_why: not None = the layer stays in full precision, for this reason; the fields above are then meaningless.
     """
@@ -55,6 +56,7 @@ class LayerDecision:
     timestep_aware: bool = False
     split: int | None = None
     pre_scale: bool = False
+    folded_into: str | None = None
     rule: str = ""
     skipped_why: str | None = None
 
