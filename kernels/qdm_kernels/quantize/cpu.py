@@ -1,4 +1,4 @@
-"""Quantization on CPUs, block by block in one scratch of the second-level cache: x is read once, and bytes are written once."""
+"""Quantization on CPUs: in C++ where that compiles, else block by block in one scratch of the second-level cache."""
 
 from functools import cache
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qdm_kernels.blocks import block_of, in_memory_order, slices
+from qdm_kernels.native import quantize as native
 
 # 1.5 * 2^23: adding it to |v| < 2^22 rounds v half to even and leaves the integer in the low bits of the float.
 _ROUNDER = 12582912.0
@@ -23,8 +24,12 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     if inverse.numel() > 1 or flat is None or x.dtype == torch.float64:
         return _finish(_low_bytes((x.float() * inverse).clamp_(low - number, high - number).add_(_ROUNDER)), number)
     codes = torch.empty_like(x, dtype=torch.int8)
-    target, block = in_memory_order(codes), block_of(1)
+    target = in_memory_order(codes)
     assert target is not None
+    if native.takes(x):
+        native.quantize_into(flat, target, float(inverse), number, bits)
+        return codes
+    block = block_of(1)
     scratch = torch.empty(min(block, flat.numel()))
     for part in slices(flat.numel(), block):
         values = scratch[: part.stop - part.start]
