@@ -48,10 +48,10 @@ class ToyDenoiser(nn.Module):
         self.time = nn.Linear(1, width)
 
     def forward(self, sample, timestep, return_dict=True):
-        t = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, 1).expand(len(sample), 1) / 1000
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).reshape(-1, 1).expand(len(sample), 1) / 1000
         emb, h = self.time(t), self.inner(sample)
         for block in reversed(self.blocks):
-            h = block(h, temb=emb, table=torch.ones(16))
+            h = block(h, temb=emb, table=torch.ones(16, device=sample.device))
         return (self.out(h),)
 
 
