@@ -164,7 +164,7 @@ def candidates(bench: Bench, settings: Settings) -> dict[str, Callable[[int], An
     if settings.compiled:
         calls |= {"float_compiled": _compiled(bench.baseline), "auto_compiled": _compiled(calls["auto"])}
     if settings.peers:
-        calls |= peer_calls(bench.shape, inputs, bench.weight, bench.bias)
+        calls |= peer_calls(bench.shape, inputs, bench.weight, bench.bias, compiled=settings.compiled)
     return calls
 
 
