@@ -50,7 +50,8 @@ class Picture:
 def read_images(source: str, frame: Frame, *, limit: int | None = None, skip_bad: bool = False, warn: Any = None) -> list[Picture]:
     """All images of a source, in the order of their names.
 
-    Prompts come from `metadata.jsonl` ({"file_name": .., "text": ..} a line) or from a .txt beside each image.
+    Prompts come from `metadata.jsonl` ({"file_name": .., "text": ..} a line) or from a .txt beside each image; in shards from a .txt, or
+    the text, prompt or caption of a .json.
 
     Args:
         source: a folder (searched below), a .tar or a folder of .tar shards (webdataset), or `builtin:digits`.
@@ -134,8 +135,26 @@ def _from_shards(shards: list[Path]) -> Iterator[tuple[str, bytes, str | None]]:
         for name, raw in sorted(members.items()):
             stem, _, suffix = name.rpartition(".")
             if f".{suffix.lower()}" in SUFFIXES:
-                text = members.get(f"{stem}.txt")
-                yield f"{shard}:{name}", raw, None if text is None else text.decode("utf-8").strip()
+                yield f"{shard}:{name}", raw, _caption(shard, stem, members)
+
+
+def _caption(shard: Path, stem: str, members: dict[str, bytes]) -> str | None:
+    """Prompt of one sample: its .txt, else the text, prompt or caption of its .json.
+
+    Raises:
+        InputError: neither is text.
+    """
+    name = next((name for suffix in ("txt", "json") if (name := f"{stem}.{suffix}") in members), None)
+    if name is None:
+        return None
+    try:
+        text = members[name].decode("utf-8")
+        if name.endswith(".txt"):
+            return text.strip()
+        row = json.loads(text)
+        return next((str(row[key]) for key in _TEXT if row.get(key) is not None), None) if isinstance(row, dict) else None
+    except ValueError as error:  # bytes that are no UTF-8, or no JSON
+        raise InputError(f"{shard}:{name} cannot be read: {error}", path="finetune.data.images") from error
 
 
 def _decode(raw: bytes, frame: Frame) -> Tensor:

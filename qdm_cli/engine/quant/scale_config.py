@@ -18,7 +18,8 @@ class ImageData(Spec):
     """Training images."""
 
     images: str
-    """A folder of images, a webdataset .tar or a folder of them, or `builtin:digits`. Prompts: metadata.jsonl, or a .txt beside each."""
+    """A folder of images, a webdataset .tar or a folder of them, or `builtin:digits`. Prompts: metadata.jsonl, a .txt beside each, or in
+    shards a .json with text, prompt or caption."""
     instance_prompt: str | None = None
     """Prompt of images without one of their own (DreamBooth: `a photo of sks dog`)."""
     class_label: int = Field(0, ge=0)

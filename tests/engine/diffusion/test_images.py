@@ -116,6 +116,33 @@ class TestShards:
         assert [p.prompt for p in found] == ["a shoe", None, None]
         assert [p.prompt for p in read_images(str(tmp_path / "1.tar"), GREY)] == [None]
 
+    def test_prompts_in_json(self, tmp_path: Path) -> None:
+        rows = {"a_json": b'{"caption": "a hat", "width": 9}', "b_json": b"[1]", "b_txt": b"a bag", "c_json": b'{"text": null}'}
+        self.shard(tmp_path / "0.tar", a_png=self.png(), b_png=self.png(), c_png=self.png(), **rows)
+        assert [p.prompt for p in read_images(str(tmp_path / "0.tar"), GREY)] == ["a hat", "a bag", None]
+        self.shard(tmp_path / "0.tar", a_png=self.png(), a_json=b"{")
+        with pytest.raises(InputError, match=r"0\.tar:a\.json cannot be read"):
+            read_images(str(tmp_path / "0.tar"), GREY)
+
+    def test_sizes_and_modes_are_mixed_and_a_bad_image_is_named(self, tmp_path: Path) -> None:
+        streams = {}
+        for name, (mode, size) in {"a_png": ("RGBA", (9, 20)), "b_jpg": ("L", (33, 8)), "c_webp": ("RGB", (5, 5))}.items():
+            stream = io.BytesIO()
+            picture("RGB").resize(size).convert(mode).save(stream, {"jpg": "jpeg"}.get(name[2:], name[2:]))
+            streams[name] = stream.getvalue()
+        self.shard(tmp_path / "0.tar", **streams, d_png=self.png()[:40])
+        with pytest.raises(InputError, match=r"0\.tar:d\.png is no image that can be read .*skip_bad=true"):
+            read_images(str(tmp_path), GREY)
+        said: list[str] = []
+        found = read_images(str(tmp_path), GREY, skip_bad=True, warn=said.append)
+        assert [p.pixels.shape for p in found] == [(1, GREY.height, GREY.width)] * 3 and len(said) == 1
+
+    def test_an_archive_that_ends_too_early(self, tmp_path: Path) -> None:
+        whole = self.shard(tmp_path / "0.tar", a_png=self.png() + bytes(4000)).read_bytes()
+        (tmp_path / "0.tar").write_bytes(whole[:2000])
+        with pytest.raises(InputError, match=r"0\.tar is no readable tar archive"):
+            read_images(str(tmp_path), GREY)
+
     def test_no_archive(self, tmp_path: Path) -> None:
         (tmp_path / "0.tar").write_bytes(b"not a tar")
         with pytest.raises(InputError, match=r"0\.tar is no readable tar archive"):
