@@ -59,7 +59,7 @@ class Choice:
     """What one layer runs.
 
     Attributes:
-        kernel: `integer`; `weights` (the kernel unpacks 4-bit weights for float activations); or `float` (dequantized weight, float
+        kernel: `integer`; `weights` (the kernel unpacks weights for float activations); or `float` (dequantized weight, float
             activations).
         why_not: why no integer arithmetic; None = it runs.
         by_machine: the machine is the reason, not the layer.
@@ -151,10 +151,14 @@ def _choose_on_gpu(case: Case, mode: Mode) -> Choice:
 
 
 def _unpacks(case: Case) -> bool:
-    """Has this layer a kernel that reads 4-bit weights next to float activations?"""
+    """Is a kernel that reads packed weights next to float activations the way to run this layer?
+
+    4 bits: at any size. 8 bits without activation bits: for few rows; for many, dequantizing costs a tenth of cuBLAS's product and less.
+    """
     s = case.spec
     runs = case.machine.triton and (case.machine.capability or (0, 0)) >= backend.LEAST_CAPABILITY
-    return runs and s.kind == "linear" and s.bits_w <= 4 and s.group in (None, 64, 128)
+    pays = s.bits_w <= 4 or (s.bits_a is None and case.rows <= 16)
+    return runs and pays and s.kind == "linear" and s.group in (None, 64, 128)
 
 
 def _first(case: Case, rules: tuple[Rule, ...]) -> Choice | None:

@@ -19,6 +19,7 @@ from qdm_kernels.conv2d_w8a8 import op as conv2d_w8a8
 from qdm_kernels.linear_w4a8 import op as linear_w4a8
 from qdm_kernels.linear_w4a16 import op as linear_w4a16
 from qdm_kernels.linear_w8a8 import op as linear_w8a8
+from qdm_kernels.linear_w8a16 import op as linear_w8a16
 from qdm_kernels.quantize.op import quantize, quantize_per_token
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def make_form(layer: PackedLayer) -> Form:
         return Form(choice, None, zero, *expanded(layer, layer.compute_dtype))
     parts = layer.stored_parts()
     if choice.kernel == "weights":
-        return Form(choice, linear_w4a16.prepare(*parts), zero)
+        return Form(choice, (linear_w4a16 if spec.bits_w <= 4 else linear_w8a16).prepare(*parts), zero)
     prepared = prepare_integers(layer, *parts)
     _share_storage_(layer, prepared)
     return Form(choice, prepared, zero)

@@ -92,13 +92,16 @@ def test_gpus_follow_the_dispatch_rule(machine: Machine, fields: dict, why: str 
         ("exact", {"bits_a": None, "act": None, "group": 64}, "weights"),
         ("auto", {"bits_a": None, "act": None, "group": 32}, "float"),
         ("auto", {"bits_a": None, "act": None, "bits": 8}, "float"),
+        ("auto", {"bits_a": None, "act": None, "bits": 8, "rows": 2}, "weights"),
+        ("exact", {"bits_a": None, "act": None, "bits": 8, "rows": 16}, "weights"),
+        ("auto", {"bits": 8, "rows": 2}, "integer"),
         ("exact", {"group": 64}, "float"),
         ("exact", {"kind": "conv2d", "inputs": 4}, "float"),
         ("exact", {"kind": "conv2d", "inputs": 48}, "integer"),
         ("auto", {"kind": "conv2d", "inputs": 48}, "float"),
     ],
 )
-def test_gpus_read_four_bit_weights_where_rows_are_few_or_activations_float(mode, fields: dict, kernel: str) -> None:
+def test_gpus_read_packed_weights_where_rows_are_few_or_activations_float(mode, fields: dict, kernel: str) -> None:
     assert choose(case(H100, **{"bits": 4} | fields), mode).kernel == kernel
 
 

@@ -18,7 +18,7 @@ from qdm_cli.engine.runtime import choice, gpu, gpu_fused
 from qdm_cli.engine.runtime.choice import Choice, Machine
 from qdm_cli.engine.runtime.gpu import prepare_integers
 from qdm_cli.engine.runtime.gpu_blocks import GPU_BLOCKS, fuse_gpu_blocks_
-from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_
+from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_, packed_from_state
 from qdm_cli.engine.runtime.reuse import SharedInput
 from qdm_kernels.attention import op as attention_op
 
@@ -159,3 +159,17 @@ def test_compiled_queries_keys_and_values_are_one_product(make_state) -> None:
 def _rows(layers: list[Any]) -> tuple[Any, ...]:
     parts = zip(*(layer.stored_parts() for layer in layers), strict=True)
     return tuple(None if part[0] is None else torch.cat(part) for part in parts)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [None, 64])
+def test_layers_of_few_rows_read_their_packed_weights(bits: int, group: int | None, make_layer_state) -> None:
+    original = nn.Linear(128, 96)
+    state = make_layer_state(original, bits_w=bits, bits_a=None, timestep_aware=False, group_size=group)
+    layer = packed_from_state(state, original, 1)
+    layer.place_(few_rows=True, dtype=torch.float32)
+    x = torch.randn((2, 128), generator=torch.Generator().manual_seed(0))
+    want = torch.nn.functional.linear(x, layer.dequantized_weight(), layer._buffers["bias"])
+    assert (layer(x) - want).norm() < 1e-5 * want.norm()
+    assert layer.form.choice.kernel == "weights"
+    assert layer.form.prepared.op == f"linear_w{bits}a16"
