@@ -75,19 +75,23 @@ class Plan:
         return {"sum": (self.cost,), "minimax": (self.peak,), "lexicographic": (self.peak, self.cost)}[objective]
 
 
-def pareto(problem: Problem, points: int = CURVE_POINTS) -> list[Plan]:
+def pareto(problem: Problem, points: int = CURVE_POINTS, searches: Searches | None = None) -> list[Plan]:
     """Non-dominated schedules by growing latency and strictly better objective: "at most this latency", one search for all.
 
     Args:
         points: at most this many budgets are traced back, evenly over those where the objective improves.
+        searches: of the problem, where it was searched already.
 
     Raises:
         ValueError: no schedule satisfies the constraints, or shapes disagree.
     """
-    found = _candidates(_searches(problem))
+    found = _candidates(searches or searched(problem))
     if len(found) > points:
         found = [found[i] for i in np.unique(np.round(np.linspace(0, len(found) - 1, points)).astype(int))]
-    plans = [search.trace(q) for _, _, search, q in found]
+    budgets: dict[int, tuple[_Search, list[int]]] = {}
+    for _, _, search, q in found:
+        budgets.setdefault(id(search), (search, []))[1].append(q)
+    plans = [plan for search, chosen in budgets.values() for plan in search.traces(chosen)]
     if problem.objective == "lexicographic":
         plans = [_refined(problem, plan, plan.latency_ms) for plan in plans]
     front: list[Plan] = []
@@ -99,17 +103,17 @@ def pareto(problem: Problem, points: int = CURVE_POINTS) -> list[Plan]:
     return front
 
 
-def within(problem: Problem, latency_ms: float) -> Plan | None:
-    """The best schedule that takes at most `latency_ms`; None = every schedule takes longer."""
-    found = [(cost, search, q) for latency, cost, search, q in _candidates(_searches(problem)) if latency <= latency_ms * (1 + 1e-12)]
+def within(problem: Problem, latency_ms: float, searches: Searches | None = None) -> Plan | None:
+    """The best schedule that takes at most `latency_ms`; None = every schedule takes longer. `searches`: as `pareto` takes them."""
+    found = [item for item in _candidates(searches or searched(problem)) if item[0] <= latency_ms * (1 + 1e-12)]
     if not found:
         return None
-    _, search, q = min(found, key=lambda item: item[0])
+    _, _, search, q = min(found, key=lambda item: item[1])
     best = search.stretched(q, latency_ms)
     return _refined(problem, best, latency_ms) if problem.objective == "lexicographic" else best
 
 
-def _candidates(searches: list[_Search]) -> list[tuple[float, float, _Search, int]]:
+def _candidates(searches: Searches) -> list[tuple[float, float, _Search, int]]:
     """(latency or its bound, cost, search, budget) of all searches, non-dominated, by latency."""
     points = [(*point, search) for search in searches for point in search.points()]
     front: list[tuple[float, float, _Search, int]] = []
@@ -125,7 +129,7 @@ def _refined(problem: Problem, plan: Plan, latency_ms: float) -> Plan:
     One pass over (maximum, sum) pairs is not optimal: a prefix with a smaller maximum and a larger sum can lose later.
     """
     bounded = np.where(segment_costs(problem, "max") <= plan.peak, segment_costs(problem, "sum"), np.inf)
-    found = [item for item in _candidates(_searches(replace(problem, objective="sum"), bounded)) if item[0] <= latency_ms * (1 + 1e-12)]
+    found = [item for item in _candidates(searched(replace(problem, objective="sum"), bounded)) if item[0] <= latency_ms * (1 + 1e-12)]
     if not found:
         return plan
     _, _, search, q = min(found, key=lambda item: item[1])
@@ -134,16 +138,19 @@ def _refined(problem: Problem, plan: Plan, latency_ms: float) -> Plan:
 
 def evaluate(problem: Problem, refreshes: tuple[int, ...], cuts: tuple[int, ...]) -> Plan:
     """Figures of a given schedule; cost and peak are infinite where it breaks a constraint or leaves the drift matrix."""
-    longest, latency = problem.drift.shape[2], 0.0
-    errors = [np.zeros(1)]
-    for start, end, cut in zip(refreshes, [*refreshes[1:], problem.calls], cuts, strict=True):
-        calls = np.arange(start + 1, end)
-        reached = len(calls) < longest and problem.forced.isdisjoint(calls.tolist())
-        errors.append(problem.weights[calls] * problem.drift[cut, start, 1 : end - start] if reached else np.full(1, np.inf))
-        latency += problem.full_ms + len(calls) * float(problem.partial_ms[cut])
-    joined = np.concatenate(errors)
-    joined = np.where(np.isnan(joined), np.inf, joined)
-    return Plan(tuple(refreshes), tuple(cuts), float(joined.sum()), float(joined.max()), latency)
+    full = np.asarray(refreshes)
+    calls = np.arange(problem.calls)
+    segment = np.searchsorted(full, calls, side="right") - 1
+    lag, cut = calls - full[segment], np.asarray(cuts)[segment]
+    partial = np.flatnonzero(lag)
+    reached = lag < problem.drift.shape[2]
+    drift = np.where(reached, problem.drift[cut, full[segment], np.where(reached, lag, 0)], np.inf)
+    errors = problem.weights[partial] * drift[partial]
+    errors[np.isnan(errors)] = np.inf
+    if not problem.forced.isdisjoint(partial.tolist()):
+        errors = np.append(errors, np.inf)
+    latency = len(full) * problem.full_ms + float(problem.partial_ms[cut[partial]].sum())
+    return Plan(tuple(refreshes), tuple(cuts), float(errors.sum()), float(errors.max(initial=0.0)), latency)
 
 
 def segment_costs(problem: Problem, kind: Kind) -> np.ndarray:
@@ -214,31 +221,47 @@ class _Search:
         return best
 
     def trace(self, q: int) -> Plan:
-        """Walk back from the end. Ties: smallest start, then smallest cut."""
-        j, refreshes, cuts = self.problem.calls, [], []
-        while j > 0:
-            i, cut = self._step(j, q)
-            q -= int(self.units[cut, j - i])
-            j = i
-            refreshes.append(j)
-            cuts.append(cut)
-        plan = evaluate(self.problem, tuple(refreshes[::-1]), tuple(cuts[::-1]))
-        return replace(plan, cuts=tuple(self.index[cut] for cut in plan.cuts))
+        """The plan of budget q."""
+        return self.traces([q])[0]
 
-    def _step(self, j: int, q: int) -> tuple[int, int]:
-        """(start, cut) of the segment that ends at j in the cheapest cover with budget q."""
+    def traces(self, budgets: list[int]) -> list[Plan]:
+        """Walk back from the end, all budgets side by side. Ties: smallest start, then smallest cut."""
+        ends, left = np.full(len(budgets), self.problem.calls), np.array(budgets)
+        paths: list[list[tuple[int, int]]] = [[] for _ in budgets]
+        while len(going := np.flatnonzero(ends)):
+            starts, cuts = self._steps(ends[going], left[going])
+            left[going] -= self.units[cuts, ends[going] - starts]
+            ends[going] = starts
+            for path, start, cut in zip(going.tolist(), starts.tolist(), cuts.tolist(), strict=True):
+                paths[path].append((start, cut))
+        plans = []
+        for path in paths:
+            refreshes, chosen = zip(*path[::-1], strict=True)
+            plans.append(replace(evaluate(self.problem, refreshes, chosen), cuts=tuple(self.index[cut] for cut in chosen)))
+        return plans
+
+    def _steps(self, ends: np.ndarray, budgets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[P] start and cut of the segment that ends at each of `ends` in the cheapest cover with its budget."""
         if self.back is not None:
-            return int(self.back[j, q]), 0
-        lengths = np.arange(min(self.table.shape[2] - 1, j), 0, -1)
-        before: np.ndarray = q - self.units[:, lengths]
-        value = np.where(before >= 0, self.best[(j - lengths)[None], np.maximum(before, 0)], np.inf)
-        step = self.table[:, j - lengths, lengths]
+            return self.back[ends, budgets], np.zeros_like(ends)
+        lengths = np.arange(self.table.shape[2] - 1, 0, -1)
+        starts = ends[:, None] - lengths  # [P, W]
+        before = budgets[:, None, None] - self.units[:, lengths].T  # [P, W, B]
+        open_ = (starts >= 0)[:, :, None] & (before >= 0)
+        starts = np.maximum(starts, 0)
+        value = self.best[starts[:, :, None], np.where(open_, before, 0)]
+        step = np.moveaxis(self.table[:, starts, lengths], 0, -1)
         joined = value + step if self.kind == "sum" else np.maximum(value, step)
-        place, cut = divmod(int(np.flatnonzero((joined == self.best[j, q]).T)[0]), len(self.index))
-        return j - int(lengths[place]), cut
+        chosen = (open_ & (joined == self.best[ends, budgets][:, None, None])).reshape(len(ends), -1).argmax(axis=1)
+        place, cut = np.divmod(chosen, len(self.index))
+        return ends - lengths[place], cut
 
 
-def _searches(problem: Problem, table: np.ndarray | None = None) -> list[_Search]:
+Searches = list[_Search]
+"""The finished dynamic programmes of one problem."""
+
+
+def searched(problem: Problem, table: np.ndarray | None = None) -> Searches:
     """The dynamic programmes that answer a problem: one over all cuts, or one per cut. `table`: segment costs; None = the objective's.
 
     The lexicographic objective begins with its first pass, the smallest maximum.
@@ -299,17 +322,20 @@ def forward(table: np.ndarray, units: np.ndarray, kind: Kind) -> np.ndarray:
     low[0] = high[0] = 0
     join = np.add if kind == "sum" else np.maximum
     scratch = np.empty(size + 1)
-    open_cuts = [[np.flatnonzero(np.isfinite(table[:, i, length])).tolist() for length in range(longest + 1)] for i in range(calls)]
+    spent, costs = units.tolist(), table.tolist()
+    open_cuts = [[np.flatnonzero(row).tolist() for row in np.isfinite(table[:, i]).T] for i in range(calls)]
     for j in range(1, calls + 1):
         row = best[j]
         for i in range(max(j - longest, 0), j):
-            for cut in open_cuts[i][j - i]:
-                cost = int(units[cut, j - i])
-                first, last = low[i] + cost, min(high[i] + cost, size)
-                if first <= last:
-                    part = join(best[i, low[i] : last - cost + 1], table[cut, i, j - i], out=scratch[: last - first + 1])
-                    np.minimum(row[first : last + 1], part, out=row[first : last + 1])
-                    low[j], high[j] = min(low[j], first), max(high[j], last)
+            length, before, reach = j - i, best[i, low[i] : high[i] + 1], high[i] - low[i] + 1
+            for cut in open_cuts[i][length]:
+                first = low[i] + spent[cut][length]
+                last = min(first + reach, size + 1)
+                if first < last:
+                    part = join(before[: last - first], costs[cut][i][length], out=scratch[: last - first])
+                    into = row[first:last]
+                    np.minimum(into, part, out=into)
+                    low[j], high[j] = min(low[j], first), max(high[j], last - 1)
     return best
 
 

@@ -212,12 +212,13 @@ def plan(spec: DpConfig, models: Models, subject: Subject, latency: Latency, ctx
     errors = profiled(spec, models, subject, ctx)
     weights = weighed(spec, models.own if spec.plan_on == "deployed" else models.base, subject, ctx)
     problem = problem_of(spec, subject, errors, weights, latency)
-    curve = dp.pareto(problem)
+    searches = dp.searched(problem)
+    curve = dp.pareto(problem, searches=searches)
     uncached = latency.full_ms * subject.sampler.calls
     budget = spec.budget
     if budget.speedup is not None or budget.latency_ms is not None:
         limit = uncached / budget.speedup if budget.speedup is not None else float(budget.latency_ms or math.inf)
-        found = dp.within(problem, limit)
+        found = dp.within(problem, limit, searches)
         if found is None:
             text = f"cache.budget: {limit:.1f} ms per trajectory cannot be reached: the fastest schedule takes {curve[0].latency_ms:.1f} ms"
             if not ctx.smoke:
