@@ -122,10 +122,15 @@ class Loop:
         return guided(prediction, order, guidance_scale(self.loaded.pipeline, self.sampler))
 
 
-def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """Mean over samples of |value - truth| / |truth|, L2 over all other dimensions, in float32; 0 for 0 / 0."""
+def relative_errors(value: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """[N] |value - truth| / |truth| of each sample, L2 over all other dimensions, in float32; 0 for 0 / 0."""
     own, other = value.detach().float().flatten(1), truth.detach().float().flatten(1)
-    return float(((own - other).norm(dim=1) / other.norm(dim=1).clamp_min(1e-12)).mean())
+    return (own - other).norm(dim=1) / other.norm(dim=1).clamp_min(1e-12)
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """Mean of `relative_errors`."""
+    return float(relative_errors(value, truth).mean())
 
 
 @contextmanager

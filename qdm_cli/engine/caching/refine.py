@@ -6,6 +6,7 @@ so which sum predicts best is not known beforehand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,6 +16,10 @@ import numpy as np
 from qdm_cli.engine.caching import dp
 
 Key = tuple[tuple[int, ...], tuple[int, ...]]
+TINY = 1e-12
+SURE = 1.0
+"""Standard errors by which a plan must be nearer on the same trajectories to take the place of another: of many plans that are compared on
+few trajectories, the best one by its mean alone is best on those and not on others."""
 
 
 @dataclass
@@ -22,25 +27,39 @@ class Trials:
     """Measured errors by schedule, at most `limit` of them.
 
     Attributes:
-        measure: plan -> error on real trajectories.
+        measure: plan -> [N] error of each of the same N trajectories.
     """
 
-    measure: Callable[[dp.Plan], float]
+    measure: Callable[[dp.Plan], np.ndarray]
     limit: int
-    errors: dict[Key, float] = field(default_factory=dict)
+    errors: dict[Key, np.ndarray] = field(default_factory=dict)
 
     @property
     def left(self) -> int:
         return self.limit - len(self.errors)
 
-    def error(self, plan: dp.Plan) -> float:
-        """Measured once per schedule."""
+    def each(self, plan: dp.Plan) -> np.ndarray:
+        """[N] measured once per schedule."""
         if _key(plan) not in self.errors:
             self.errors[_key(plan)] = self.measure(plan)
         return self.errors[_key(plan)]
 
+    def error(self, plan: dp.Plan) -> float:
+        """Mean over trajectories."""
+        return float(self.each(plan).mean())
+
+    def nearer(self, plan: dp.Plan, other: dp.Plan) -> bool:
+        """Whether `plan` has the smaller errors, by more than chance on these trajectories: ratios, so that no single one decides."""
+        change = np.log(np.maximum(self.each(plan), TINY)) - np.log(np.maximum(self.each(other), TINY))
+        doubt = change.std(ddof=1) / math.sqrt(len(change)) if len(change) > 1 else 0.0
+        return bool(change.mean() < -SURE * doubt)
+
     def knows(self, plan: dp.Plan) -> bool:
         return _key(plan) in self.errors
+
+    def afford(self, *plans: dp.Plan) -> bool:
+        """Whether the trials left suffice to compare plans."""
+        return sum(not self.knows(plan) for plan in plans) <= self.left
 
 
 def _key(plan: dp.Plan) -> Key:
@@ -48,18 +67,22 @@ def _key(plan: dp.Plan) -> Key:
 
 
 def refined(problem: dp.Problem, starts: Sequence[dp.Plan], latency_ms: float, trials: Trials) -> dp.Plan:
-    """The best measured plan: first among `starts`, then step by step among its neighbours, until no trial is left or none is better.
+    """The plan that no measured one is surely nearer than: first among `starts`, then step by step among its neighbours, until no trial is
+    left or none is nearer.
 
-    Neighbours are tried by their predicted cost.
+    Args:
+        starts: by trust; a later one must be surely nearer than an earlier one. Neighbours are tried by their predicted cost.
     """
-    chosen = {_key(plan): plan for plan in starts}
-    best = min(list(chosen.values())[: trials.limit], key=trials.error)
+    best, *others = {_key(plan): plan for plan in starts}.values()
+    for plan in others:
+        if trials.afford(plan, best) and trials.nearer(plan, best):
+            best = plan
     while trials.left > 0:
         tried = [plan for plan in sorted(neighbours(problem, best, latency_ms), key=lambda plan: plan.cost) if not trials.knows(plan)]
-        better = next((plan for plan in tried if trials.left > 0 and trials.error(plan) < trials.error(best)), None)
-        if better is None:
+        nearer = next((plan for plan in tried if trials.afford(plan, best) and trials.nearer(plan, best)), None)
+        if nearer is None:
             break
-        best = better
+        best = nearer
     return best
 
 

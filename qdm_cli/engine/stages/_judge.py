@@ -13,7 +13,7 @@ import torch
 from qdm_cli.engine.artifact import write_json
 from qdm_cli.engine.caching import dp, rules, verify
 from qdm_cli.engine.caching.config import CacheVerify, DpConfig
-from qdm_cli.engine.caching.drive import Loop, following, relative_error
+from qdm_cli.engine.caching.drive import Loop, following, relative_errors
 from qdm_cli.engine.caching.latency import Latency
 from qdm_cli.engine.caching.planner import Subject, planned, problem_of, starting_plans
 from qdm_cli.engine.caching.refine import Trials, refined
@@ -144,22 +144,23 @@ def measured_best(
     path = ctx.resume / "trials.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
-    def error(plan: dp.Plan) -> float:
+    def errors(plan: dp.Plan) -> np.ndarray:
         if not truth:
             truth.extend(loop.run(start, count) for start, count in batches)
         with following(loop, planned(plan, [], spec, subject, latency)):
-            found = [relative_error(loop.run(start, count), true) for (start, count), true in zip(batches, truth, strict=True)]
-        value = float(np.average(found, weights=[count for _, count in batches]))
-        stored.append([plan.refreshes, plan.cuts, value])
+            found = [relative_errors(loop.run(start, count), true) for (start, count), true in zip(batches, truth, strict=True)]
+        values = torch.cat(found).numpy().astype(np.float64)
+        stored.append([plan.refreshes, plan.cuts, values.tolist()])
         write_json(path, stored)
         ctx.events.progress("plans compared", len(stored), spec.refine)
-        return value
+        return values
 
     problem, starts = problem_of(spec, subject, *measured, latency), starting_plans(spec, subject, measured, latency, limit_ms)
-    trials = Trials(error, spec.refine, {(tuple(refreshes), tuple(cuts)): value for refreshes, cuts, value in stored})
+    trials = Trials(errors, spec.refine, {(tuple(refreshes), tuple(cuts)): np.array(values) for refreshes, cuts, values in stored})
     best = refined(problem, starts, limit_ms, trials)
-    first = trials.errors[starts[0].refreshes, starts[0].cuts]
-    ctx.events.log(f"of {len(trials.errors)} plans the best has error {trials.error(best):.4f} on its own samples, the first {first:.4f}")
+    if trials.knows(best):
+        ends = f"the chosen one has error {trials.error(best):.4f} on its own samples, the first {trials.error(starts[0]):.4f}"
+        ctx.events.log(f"of {len(trials.errors)} plans {ends}")
     return best
 
 
