@@ -171,7 +171,7 @@ class TestValidate:
         code, out, _ = printed(capsys, "validate", "good.yaml", "quickstart")
         assert code == 0
         assert out.splitlines()[0] == "good.yaml: valid (export)"
-        assert out.splitlines()[1].startswith("quickstart: valid (calibrate, finetune, export, evaluate)")
+        assert out.splitlines()[1].startswith("quickstart: valid (calibrate, finetune, cache, export, evaluate)")
 
     def test_all_problems_of_all_recipes(self, recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
         code, out, err = printed(capsys, "validate", "bad.yaml", "good.yaml", "nothing.yaml")

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from qdm_cli.engine.spec import Spec
 
+FEW_IMAGES = 500
+"""Fewer images than this say little about a Frechet distance."""
 FEW_STEPS = 8
 """At so few steps neighbouring calls differ too much to be reused (caching spec 2: a cache never fires there)."""
 
@@ -33,6 +35,10 @@ class CacheVerify(Spec):
     """Measured against the uncached full-precision model at equal seeds; latent = relative L2 error of the last latent."""
     baseline: Literal["fewer-steps", "all", "none"] = "fewer-steps"
     """Also measure the uncached model with as many steps as take the same time; all = and the best uniform schedule, given no less time."""
+    clip: str = "openai/clip-vit-base-patch16"
+    """CLIP model that `budget.clip_drop` is measured with: a folder or hub id."""
+    inception: str | None = None
+    """Weights that `budget.fid_increase` is measured with, as `evaluate.weights.inception`; one-channel 32x32 images need none."""
 
 
 class RuleConfig(Spec):
@@ -117,6 +123,13 @@ class CacheBudget(Spec):
     """Largest relative L2 distance of the last latents to the same model uncached, on held-out samples."""
     psnr: float | None = Field(None, gt=0)
     """Smallest PSNR in dB of the images to those of the same model uncached, on held-out samples."""
+    lpips: float | None = Field(None, gt=0)
+    """Largest mean LPIPS (AlexNet) of the images to those of the same model uncached, on held-out samples."""
+    clip_drop: float | None = Field(None, gt=0)
+    """Largest fall of the mean CLIP score (0 to 100) below that of the same model uncached, on held-out samples."""
+    fid_increase: float | None = Field(None, gt=0)
+    """Largest growth of the Frechet distance over that of the same model uncached, as a share (0.02 = 2 %); to real images where their
+    features are shipped, else to the full-precision model's images from other noise."""
 
 
 class DpConfig(RuleConfig):
@@ -143,6 +156,9 @@ class DpConfig(RuleConfig):
     """Steps at the start that are computed in full."""
     last_full: int = Field(0, ge=0)
     """Steps at the end that are computed in full."""
+    align: Literal["step", "call"] = "step"
+    """Where full calls may be under samplers that call the denoiser more than once per step (Heun, PNDM): at the first call of a step, or
+    at any call."""
     objective: Literal["squares", "sum", "minimax", "lexicographic"] = "squares"
     """What is smallest: the root of the sum of squares of the weighted errors (errors that do not align), their sum, the largest, or the
     sum among schedules with the smallest largest."""

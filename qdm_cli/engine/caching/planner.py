@@ -103,7 +103,7 @@ def problem_of(spec: DpConfig, subject: Subject, errors: np.ndarray, weights: np
         full_ms=latency.full_ms,
         partial_ms=np.array([latency.partial_ms[cut.id] for cut in subject.cuts]),
         forced=frozenset(forced),
-        starts=starts,
+        starts=starts if spec.align == "step" else None,
         objective="sum" if spec.objective == "squares" else spec.objective,
         mixed=spec.mixed,
     )

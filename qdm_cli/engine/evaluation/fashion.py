@@ -15,6 +15,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "zoo" / "fashion-features"
 WEIGHTS_FILE = "features.safetensors"
 REFERENCE_FILE = "reference.safetensors"
 FEATURES = 64
+SIZE = (1, 32, 32)
+"""Of the images that the network reads."""
 
 
 class FashionFeatures(nn.Module):

@@ -18,6 +18,7 @@ import torch
 from qdm_cli.engine.diffusion.prompts import prompts_for
 from qdm_cli.engine.diffusion.sampling import generate
 from qdm_cli.engine.evaluation import cost as costs
+from qdm_cli.engine.evaluation import fashion
 from qdm_cli.engine.evaluation.config import CostSuite, DistributionSuite, EvaluateSpec, FidelitySuite
 from qdm_cli.engine.evaluation.distribution import (
     FEW_FOR_INCEPTION,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 TRACE_SAMPLES = 16
 """Trajectories on which errors per timestep and per layer are measured: they are pooled over pixels, so few suffice."""
 BASE_CACHE = ".base-cache"
-FASHION_SIZE = (1, 32, 32)
 
 
 @dataclass
@@ -191,7 +191,7 @@ class Session:
         fashion_why = None
         if suite.features == "inception":
             fashion_why = "evaluate.suites: features is inception"
-        elif size != FASHION_SIZE:
+        elif size != fashion.SIZE:
             fashion_why = f"images are {'x'.join(map(str, size))}, the offline features are for 1x32x32"
         self._measure("[fashion]", suite, None if fashion_why else fashion_extractor(self.ctx.device), fashion_why)
         if suite.features == "fashion":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from qdm_cli.engine.caching.config import FEW_STEPS, DeepCacheConfig, DpConfig, MaskConfig
+from qdm_cli.engine.caching.config import FEW_IMAGES, FEW_STEPS, DeepCacheConfig, DpConfig, MaskConfig
 from qdm_cli.engine.errors import RecipeError
 from qdm_cli.engine.evaluation.gates import parse_conditions
 from qdm_cli.engine.evaluation.names import of_suites
@@ -131,9 +131,9 @@ def _cache(recipe: Recipe) -> Iterator[Finding]:
     if isinstance(cache, DpConfig):
         given = [name for name, value in cache.budget if value is not None]
         if len(given) != 1:
-            yield Finding(
-                ("cache", "budget"), f"needs exactly one of speedup, latency_ms, latent_error, psnr (got {', '.join(given) or 'none'})"
-            )
+            yield Finding(("cache", "budget"), f"needs exactly one of {', '.join(dict(cache.budget))} (got {', '.join(given) or 'none'})")
+        if given == ["fid_increase"] and (cache.verify is None or cache.verify.samples < FEW_IMAGES):
+            yield Finding(("cache", "budget", "fid_increase"), f"needs cache.verify.samples of at least {FEW_IMAGES}")
         if cache.predict == "linear" and cache.correction != "none":
             yield Finding(("cache", "predict"), "linear needs correction none: corrections are fitted to plain reuse")
         if cache.cuts == ():

@@ -18,7 +18,6 @@ from qdm_cli.engine.caching.latency import Latency
 from qdm_cli.engine.caching.planner import Subject, planned, problem_of, starting_plans
 from qdm_cli.engine.caching.refine import Trials, refined
 from qdm_cli.engine.caching.schedule import Cut, Figures, Schedule, schedule_from_refreshes
-from qdm_cli.engine.errors import GateFailed
 from qdm_cli.engine.evaluation.images import PairedMetrics
 
 if TYPE_CHECKING:
@@ -162,31 +161,3 @@ def measured_best(
         ends = f"the chosen one has error {trials.error(best):.4f} on its own samples, the first {trials.error(starts[0]):.4f}"
         ctx.events.log(f"of {len(trials.errors)} plans {ends}")
     return best
-
-
-def of_quality(spec: DpConfig, models: Models, subject: Subject, curve: list[dp.Plan], latency: Latency, ctx: RunContext) -> Schedule:
-    """The fastest schedule of the curve that keeps the error or PSNR of the budget, measured on held-out samples.
-
-    Raises:
-        GateFailed: not even the slowest does.
-    """
-    check = spec.verify or CacheVerify()
-    truth = verify.sample(models.own, check.samples, check.batch)
-    reached: dict[int, str] = {}
-
-    def passes(index: int) -> bool:
-        schedule = planned(curve[index], curve, spec, subject, latency)
-        found = verify.sample(models.own, check.samples, check.batch, following(models.own, schedule))
-        error, psnr = verify.latent_error(found, truth), scores(found, truth)["psnr"]
-        reached[index] = f"{latency.full_ms * subject.sampler.calls / curve[index].latency_ms:.2f}x: error {error:.4f}, {psnr:.2f} dB"
-        ctx.events.log(f"budget: {reached[index]}")
-        if spec.budget.latent_error is not None:
-            return error <= spec.budget.latent_error
-        return float(psnr or 0) >= float(spec.budget.psnr or 0)
-
-    index = verify.bisected(len(curve), passes)
-    if index is None:
-        raise GateFailed(
-            f"cache.budget: no schedule keeps it; the slowest reaches {reached[len(curve) - 1]}. Allow more error or more cuts."
-        )
-    return planned(curve[index], curve, spec, subject, latency)

@@ -46,7 +46,8 @@ from qdm_cli.engine.quant.state import STATE_FILE, read_state, write_state
 from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime.choice import default_mode
 from qdm_cli.engine.runtime.modules import pack_denoiser_
-from qdm_cli.engine.stages._judge import Models, Tables, measured_best, of_quality, verified
+from qdm_cli.engine.stages._budget import of_quality
+from qdm_cli.engine.stages._judge import Models, Tables, measured_best, verified
 
 if TYPE_CHECKING:
     from qdm_cli.engine.artifact import Artifact
@@ -230,7 +231,7 @@ def plan(spec: DpConfig, models: Models, subject: Subject, latency: Latency, ctx
             found = measured_best(spec, loop, batches_of(spec), subject, (errors, weights), latency, limit, ctx)
         schedule = planned(found, curve, spec, subject, latency)
     else:
-        schedule = of_quality(spec, models, subject, curve, latency, ctx)
+        schedule = of_quality(spec, models.own, models.base, subject, curve, latency, ctx)
     if spec.predict == "linear":
         schedule = extrapolated(spec, models, schedule, ctx)
     write_plots(errors, schedule, subject, uncached, ctx)
