@@ -44,5 +44,5 @@ def conv2d(
 
 
 def to_unsigned(codes: Tensor) -> Tensor:
-    """Shift signed codes to unsigned by +128: int8 -> uint8, one pass, memory format kept."""
-    return codes.view(torch.uint8).bitwise_xor(0x80)
+    """Shift signed codes to unsigned by +128: int8 -> uint8, one pass, memory format kept. uint8 codes are shifted already."""
+    return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8).bitwise_xor(0x80)

@@ -32,6 +32,14 @@ def integer_op(fn: Callable[P, R]) -> Callable[P, R]:
 class Prepared:
     """A packed weight is immutable, and oneDNN's opaque storage cannot be copied: a deep copy is the object itself."""
 
+    backend: str
+    state: Any
+
+    @property
+    def reads_unsigned(self) -> bool:
+        """Does the layer also take uint8 codes, shifted by +128? That saves the pass which shifts int8 ones for oneDNN."""
+        return self.backend == "cpu" and self.state.strategy == "onednn"
+
     def __deepcopy__(self, memo: dict):
         return self
 
@@ -47,9 +55,9 @@ def check_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor 
             raise ValueError(f"weight {name} has one entry per output, [{codes.shape[0]}], got {tuple(value.shape)}")
 
 
-def check_activation(x_codes: Tensor, x_zero_point: Tensor, *, table: bool = False) -> None:
-    """ValueError unless x_codes are int8 and the zero point is one integer; table: or one per step."""
-    if x_codes.dtype != torch.int8:
+def check_activation(x_codes: Tensor, x_zero_point: Tensor, *, table: bool = False, unsigned: bool = False) -> None:
+    """ValueError unless x_codes are int8 and the zero point is one integer; table: or one per step; unsigned: or shifted uint8 codes."""
+    if x_codes.dtype != torch.int8 and not (unsigned and x_codes.dtype == torch.uint8):
         raise ValueError(f"activation codes are int8, got {x_codes.dtype}")
     if x_zero_point.is_floating_point() or (x_zero_point.numel() != 1 and not table):
         raise ValueError(f"x_zero_point is one integer, got {x_zero_point.dtype} {tuple(x_zero_point.shape)}")

@@ -173,9 +173,10 @@ def _conv_unfolded(
 
 
 def _windows(x: Tensor, zero_point: Tensor, state: Unfolded) -> Tensor:
-    """Codes under the kernel at every output pixel: int8 [B, I, H, W] -> [B * H' * W', kh * kw * I], the border being code z."""
+    """Codes under the kernel at every output pixel: [B, I, H, W] -> [B * H' * W', kh * kw * I], the border being code z."""
     g, (kh, kw) = state.geometry, state.kernel
-    image = _with_border(x, int(zero_point), g).permute(0, 2, 3, 1).contiguous()
+    code = int(zero_point) + (128 if x.dtype == torch.uint8 else 0)
+    image = _with_border(x, code, g).permute(0, 2, 3, 1).contiguous()
     b, h, w, c = image.shape
     if g.is_pointwise(state.kernel):
         return image.view(b * h * w, c)

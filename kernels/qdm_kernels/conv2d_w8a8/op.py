@@ -113,7 +113,8 @@ def conv2d(
 
     A padded pixel is real 0, the code x_zero_point. x_scale: float32, one element, or [B, 1, 1, 1] per image; x_zero_point: int, one
     element. step: int32 [1]; x_scale and x_zero_point are then tables, [S] or one element, and this is their row. epilogue: fields of
-    `epilogue.reference.Epilogue`. ValueError on another dtype or shape.
+    `epilogue.reference.Epilogue`. A layer that `reads_unsigned` also takes uint8 codes, shifted by +128. ValueError on another dtype or
+    shape.
     """
     end = Epilogue(step=step, **epilogue)
     check_call(x_codes, x_zero_point, prepared, end)
@@ -182,7 +183,7 @@ def output_shape(x_codes: Tensor, prepared: PreparedConv2d) -> tuple[int, int, i
 def check_call(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedConv2d, end: Epilogue) -> None:
     """ValueError unless activation, step and residual fit the layer."""
     end.check()
-    check_activation(x_codes, x_zero_point, table=end.step is not None)
+    check_activation(x_codes, x_zero_point, table=end.step is not None, unsigned=prepared.reads_unsigned)
     check_place(x_codes, prepared.scale, end.residual)
     if x_codes.dim() != 4 or x_codes.shape[1] != prepared.in_channels:
         raise ValueError(f"x_codes is [B, {prepared.in_channels}, H, W], got {tuple(x_codes.shape)}")

@@ -54,14 +54,14 @@ def _static(
     x: Tensor, gated: bool, approximate: str, gain: Tensor | None, scale: Tensor, zero_point: Tensor, step: Tensor | None, bits: int
 ) -> Tensor:
     home = cpu if traced(x) else _home(x, gated, per_token=False)
-    if hasattr(home, "activate_quantize"):
+    if hasattr(home, "activate_quantize") and not traced(x):
         return home.activate_quantize(x, gated, approximate, gain, scale, zero_point, step, bits)[0]
     return _quantize(home.activate(x, gated, approximate, row_of(gain, step)), scale, zero_point, bits, step)
 
 
 def _per_token(x: Tensor, gated: bool, approximate: str, gain: Tensor | None, step: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
     home = cpu if traced(x) else _home(x, gated, per_token=True)
-    if hasattr(home, "activate_quantize"):
+    if hasattr(home, "activate_quantize") and not traced(x):
         return home.activate_quantize(x, gated, approximate, gain, None, None, step, bits)
     return _quantize_per_token(home.activate(x, gated, approximate, row_of(gain, step)), bits)
 

@@ -1,13 +1,17 @@
-"""GroupNorm, SiLU and quantization on CPUs: one pass for the moments, then blocks of pixels from input to codes inside the cache."""
+"""GroupNorm, SiLU and quantization on CPUs: one pass for the moments, one from input to codes; in C++ where that compiles.
+
+Without it, the second pass goes over blocks of pixels that stay inside the cache.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qdm_kernels.blocks import block_of, pixels, slices
+from qdm_kernels.native import producers
+from qdm_kernels.onednn import to_unsigned
 from qdm_kernels.producer import row_of
 from qdm_kernels.quantize.cpu import quantize_block_
-from qdm_kernels.quantize.reference import pick
 
 
 def normalize(
@@ -23,12 +27,17 @@ def normalize(
 
 def normalize_quantize(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None, eps: float, activation: str, scale: Tensor,
-    zero_point: Tensor, step: Tensor | None, bits: int, shift: Tensor | None = None,
+    zero_point: Tensor, step: Tensor | None, bits: int, shift: Tensor | None = None, *, unsigned: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As `op.group_norm_quantize`. shift: float [B, C], added to every pixel of x first (a time embedding); None = 0."""
+    """As `op.group_norm_quantize`. shift: float [B, C], added to every pixel of x first (a time embedding); None = 0.
+
+    unsigned: uint8 codes, shifted by +128.
+    """
     x = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous(memory_format=torch.channels_last)
+    grid, gain = producers.grid_of(scale, zero_point, step, bits), row_of(gain, step)
+    if producers.takes(x):
+        return codes_of(x, groups, weight, bias, gain, eps, activation, grid, torch.uint8 if unsigned else torch.int8, shift)
     factor, offset = _affine(x, groups, weight, bias, eps, shift)
-    inverse, z, gain = float(pick(scale, step).float().reciprocal()), int(pick(zero_point, step)), row_of(gain, step)
     codes = torch.empty_like(x, dtype=torch.int8)
     source, target, step_rows = pixels(x), pixels(codes), block_of(x.shape[1])
     scratch = torch.empty((min(step_rows, source.shape[1]), x.shape[1]))
@@ -38,7 +47,17 @@ def normalize_quantize(
             torch.addcmul(offset[image], y.copy_(source[image, rows]), factor[image], out=y)
             y = F.silu(y, inplace=True) if activation == "silu" else y
             y = y if gain is None else y.mul_(gain.float())
-            quantize_block_(y, inverse, z, bits, target[image, rows])
+            quantize_block_(y, grid.inverse, grid.zero_point, bits, target[image, rows])
+    return to_unsigned(codes) if unsigned else codes
+
+
+def codes_of(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None, eps: float, activation: str,
+    grid: producers.Grid, dtype: torch.dtype, shift: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The native loop on an x it takes, channels_last. dtype: int8, or uint8 for codes shifted by +128."""
+    codes = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    producers.group_norm(x, groups, weight, bias, shift, gain, eps, activation == "silu", codes, grid)
     return codes
 
 

@@ -58,7 +58,7 @@ def _static(
     zero_point: Tensor, step: Tensor | None, bits: int,
 ) -> Tensor:  # fmt: skip
     home = cpu if traced(x) else _home(x)
-    if hasattr(home, "normalize_quantize"):
+    if hasattr(home, "normalize_quantize") and not traced(x):
         return home.normalize_quantize(x, weight, bias, modulation, gain, eps, scale, zero_point, step, bits)[0]
     return quantize(home.normalize(x, weight, bias, modulation, row_of(gain, step), eps), scale, zero_point, bits, step)
 
@@ -68,7 +68,7 @@ def _per_token(
     step: Tensor | None, bits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     home = cpu if traced(x) else _home(x)
-    if hasattr(home, "normalize_quantize"):
+    if hasattr(home, "normalize_quantize") and not traced(x):
         return home.normalize_quantize(x, weight, bias, modulation, gain, eps, None, None, step, bits)
     return quantize_per_token(home.normalize(x, weight, bias, modulation, row_of(gain, step), eps), bits)
 

@@ -91,7 +91,8 @@ def linear(
 
     x_scale: float32, one element, or [..., 1] per token; x_zero_point: int, one element. step: int32 [1]; x_scale and x_zero_point
     are then tables, [S] or one element, and this is their row. epilogue: activation, residual, out_dtype, out_scale, out_zero_point,
-    fields of `epilogue.reference.Epilogue`. ValueError on another dtype or shape.
+    fields of `epilogue.reference.Epilogue`. A layer that `reads_unsigned` also takes uint8 codes, shifted by +128. ValueError on another
+    dtype or shape.
     """
     end = Epilogue(step=step, **epilogue)
     _check_call(x_codes, x_zero_point, prepared, end)
@@ -155,7 +156,7 @@ def accumulate(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedLinear) 
 
 def _check_call(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedLinear, end: Epilogue) -> None:
     end.check()
-    check_activation(x_codes, x_zero_point, table=end.step is not None)
+    check_activation(x_codes, x_zero_point, table=end.step is not None, unsigned=prepared.reads_unsigned)
     check_place(x_codes, prepared.scale, end.residual)
     if x_codes.shape[-1] != prepared.in_features:
         raise ValueError(f"x_codes has {x_codes.shape[-1]} features, the layer takes {prepared.in_features}")

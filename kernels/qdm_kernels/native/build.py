@@ -91,9 +91,10 @@ def _openmp() -> list[str]:
 
 
 def _key(source: Path, command: list[str]) -> str:
-    """Digest of what the machine code depends on: the source, the flags, the compiler and the CPU it is made for."""
+    """Digest of what the machine code depends on: sources, flags, the compiler and the CPU it is made for."""
     tool = Path(command[0]).resolve()
-    parts = [source.read_text(), " ".join(command), f"{tool} {tool.stat().st_mtime_ns}", _cpu()]
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts = [*texts, " ".join(command), f"{tool} {tool.stat().st_mtime_ns}", _cpu()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
 

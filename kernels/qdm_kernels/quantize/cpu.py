@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from qdm_kernels.blocks import block_of, in_memory_order, slices
+from qdm_kernels.native import producers
 from qdm_kernels.native import quantize as native
+from qdm_kernels.native.producers import Grid
+from qdm_kernels.onednn import to_unsigned
+from qdm_kernels.quantize.reference import row_scale
 
 # 1.5 * 2^23: adding it to |v| < 2^22 rounds v half to even and leaves the integer in the low bits of the float.
 _ROUNDER = 12582912.0
@@ -39,6 +43,25 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
             values.copy_(flat[part]).mul_(inverse.reshape(()))
         target[part] = values.clamp_(low - number, high - number).add_(_ROUNDER).view(torch.int32)
     return _finish(codes, number)
+
+
+def quantize_unsigned(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, grid: Grid | None) -> Tensor:
+    """Codes of `quantize` shifted to uint8 by +128, as oneDNN reads them. grid: scale and zero point as numbers; None = not known."""
+    if grid is None or scale.dim() or not native.takes(x) or (flat := in_memory_order(x)) is None:
+        return to_unsigned(quantize(x, scale, zero_point, bits))
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    native.quantize_into(flat, codes, grid.inverse, grid.zero_point, bits, unsigned=True)
+    return codes
+
+
+def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """As `op.quantize_per_token`."""
+    if producers.takes(x):
+        codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty((*x.shape[:-1], 1))
+        producers.per_token(x.contiguous(), bits, codes, scale)
+        return codes, scale
+    scale = row_scale(x, bits)
+    return quantize(x, scale, torch.zeros((), dtype=torch.int32), bits), scale
 
 
 def quantize_block_(values: Tensor, inverse: float, zero_point: int, bits: int, out: Tensor) -> None:

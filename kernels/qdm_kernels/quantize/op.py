@@ -70,8 +70,10 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Ten
 
 
 def _quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    if backend.choose("quantize", device=x.device) == "triton":
-        return import_module("qdm_kernels.quantize.triton").quantize_per_token(x, bits)
+    name = backend.choose("quantize", device=x.device)
+    if name != "reference":
+        home = cpu if name == "cpu" else import_module("qdm_kernels.quantize.triton")
+        return home.quantize_per_token(x, bits)
     scale = reference.row_scale(x, bits)
     return _quantize(x, scale, torch.zeros((), dtype=torch.int32, device=x.device), bits, None), scale
 

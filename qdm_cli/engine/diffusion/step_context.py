@@ -40,10 +40,23 @@ class StepContext:
         self.device: torch.device | None = None
         self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._position = 1
+        self._index: tuple[torch.Tensor, int] | None = None
 
     @property
     def rows(self) -> int:
         return len(self.keys)
+
+    @property
+    def index(self) -> int | None:
+        """`row` as a number, read once per call of the denoiser; None where there is no one row, or where reading would wait for a GPU."""
+        if self.rows == 1:
+            return 0
+        row = self.row
+        if row is None or row.device.type != "cpu":
+            return None
+        if self._index is None or self._index[0] is not row:
+            self._index = row, int(row)
+        return self._index[1]
 
     def attach(self, denoiser: nn.Module) -> Any:
         """Read the `timestep` argument, keyword or positional, of every call of `denoiser`; returns the hook handle.

@@ -22,8 +22,11 @@ from qdm_cli.engine.runtime.modules import PackedConv2d, PackedLayer, PackedLine
 from qdm_kernels.attention import op as attention_op
 from qdm_kernels.blocks import slices
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
+from qdm_kernels.gelu_quantize import cpu as gelu
 from qdm_kernels.group_norm_quantize.cpu import normalize_quantize
+from qdm_kernels.layer_norm_quantize import cpu as layer_norm
 from qdm_kernels.linear_w8a8 import op as linear_op
+from qdm_kernels.native import producers
 from qdm_kernels.quantize.op import quantize
 
 HIDDEN_BYTES = 2 << 20  # per thread, of the widest activation of a feed-forward: it then stays in the last-level cache
@@ -86,22 +89,35 @@ class FusedFeedForward(FeedForward):
         known = type(self.net[0]) is GEGLU and not self.training and unhooked(*self.net)
         return known and _runs_here(x) and takes_codes(self.net[0].proj, x) and takes_codes(self.net[2], x[..., :1])
 
-    def by_rows(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def by_rows(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         """x [..., K] -> the same shape. norm: of every row first, and the input is added to the output; None = neither."""
         rows, proj, last = x.reshape(-1, x.shape[-1]), self.net[0].proj, self.net[2]
         out = x.new_empty((len(rows), last.spec.outputs))
         block = max(torch.get_num_threads() * HIDDEN_BYTES // (4 * proj.spec.outputs), 128)
         for part in slices(len(rows), block):
-            y = rows[part]
-            hidden = self._gated(proj, y if norm is None else norm(y))
-            out[part] = last(hidden) if norm is None else last(hidden).to(x.dtype).add_(y)
+            y = self._block(rows[part], norm)
+            if norm is None:
+                out[part] = y
+            else:
+                torch.add(y.to(x.dtype), rows[part], out=out[part])
         return out.view(*x.shape[:-1], -1)
 
-    def _gated(self, proj: PackedLinear, x: Tensor) -> Tensor:
-        scale, zero = proj._activation(x)
-        codes = quantize(_scaled(proj, x), scale, zero, cast(int, proj.spec.bits_a))
+    def _block(self, x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
+        """Output of some rows."""
+        proj, last = self.net[0].proj, self.net[2]
+        if _native(x, proj, last) and (norm is None or unhooked(norm)):
+            codes = (
+                proj.codes_for(_scaled(proj, x), *proj._activation(x), proj.prepared) if norm is None else layer_norm_codes(norm, proj, x)
+            )
+            hidden = from_codes(proj, codes, x, proj.prepared)
+            return from_codes(
+                last, gelu.codes_of(hidden, True, "none", last._buffers["pre_scale"], last.grid(), torch.uint8), x, last.prepared
+            )
+        y = x if norm is None else norm(x)
+        scale, zero = proj._activation(y)
+        codes = quantize(_scaled(proj, y), scale, zero, cast(int, proj.spec.bits_a))
         value, gate = (linear_op.linear(codes, scale, zero.reshape(()), half) for half in proj.halves)
-        return value.mul_(nn.functional.gelu(gate))
+        return last(value.mul_(nn.functional.gelu(gate)))
 
 
 class FusedBasicTransformerBlock(BasicTransformerBlock):
@@ -171,8 +187,27 @@ def norm_then_layer(norm: nn.GroupNorm, conv: PackedConv2d, x: Tensor, activatio
     """conv(activation(norm(x + shift))): x [B, C, H, W] -> the dtype of x, channels_last. shift: [B, C] or None."""
     scale, zero = conv._activation(x)
     gain, bits = conv._buffers["pre_scale"], cast(int, conv.spec.bits_a)
-    codes = normalize_quantize(x, norm.num_groups, norm.weight, norm.bias, gain, norm.eps, activation, scale, zero, None, bits, shift)
+    where, unsigned = (norm.num_groups, norm.weight, norm.bias, gain, norm.eps, activation), conv.prepared.reads_unsigned
+    codes = normalize_quantize(x, *where, scale, zero, None, bits, shift, unsigned=unsigned)
     return conv2d_op.conv2d(codes, scale, zero.reshape(()), conv.prepared, out_dtype=x.dtype)
+
+
+def _native(x: Tensor, *layers: PackedLayer) -> bool:
+    """Can native producers write what the layers read, for values like those of x?"""
+    return producers.takes(x) and all(layer.prepared.reads_unsigned and layer.grid() is not None for layer in layers)
+
+
+def layer_norm_codes(norm: nn.LayerNorm, layer: PackedLinear, x: Tensor) -> Tensor:
+    """uint8 codes of norm(x), x [..., K], for a layer that `reads_unsigned`, from an x that `producers.takes`."""
+    gain, grid = layer._buffers["pre_scale"], layer.grid()
+    assert grid is not None
+    return layer_norm.codes_of(x, norm.weight, norm.bias, [], gain, norm.eps, grid, torch.uint8)
+
+
+def from_codes(layer: PackedLinear, codes: Tensor, x: Tensor, prepared: Any) -> Tensor:
+    """Output of a layer on codes of its own, in the dtype of x."""
+    scale, zero = layer._activation(x)
+    return linear_op.linear(codes, scale, zero.reshape(()), prepared, out_dtype=x.dtype)
 
 
 def takes_codes(layer: nn.Module, x: Tensor) -> bool:

@@ -31,6 +31,8 @@ from qdm_kernels.exact import value_range
 from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.layout import pack_weight, unpack_weight
 from qdm_kernels.linear_w8a8 import op as linear_op
+from qdm_kernels.native.producers import Grid
+from qdm_kernels.quantize.cpu import quantize_unsigned
 from qdm_kernels.quantize.op import quantize
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class PackedLayer(nn.Module):
     _form: gpu.Form | None
     _halves: tuple[Any, Any] | None
     _choices: dict[tuple[str, int], Choice]
+    _grids: dict[int, Grid]
 
     def __init__(self, spec: LayerSpec, *, device: str | torch.device = "meta"):
         super().__init__()
@@ -253,6 +256,25 @@ class PackedLayer(nn.Module):
             zero = torch.round(self.step.pick(table.float())).to(torch.int32)
         return _per_sample(scale, x.ndim), _per_sample(zero, x.ndim)
 
+    def grid(self) -> Grid | None:
+        """Scale and zero point of this call as numbers, read once per row; None = not static, not one for all, or not on a CPU."""
+        index = self.step.index
+        if self.spec.act != "static" or index is None or self.weight.device.type != "cpu":
+            return None
+        if index not in self._grids:
+            scale, zero = (self._buffers[name] for name in ("act_scale", "act_zero_point"))
+            at = 0 if scale is None or len(scale) == 1 else index
+            number = 0 if zero is None else int(zero[0 if len(zero) == 1 else index])
+            self._grids[index] = Grid(float(cast(Tensor, scale)[at].reciprocal()), number, cast(int, self.spec.bits_a))
+        return self._grids[index]
+
+    def codes_for(self, x: Tensor, scale: Tensor, zero_point: Tensor, prepared: Any) -> Tensor:
+        """Codes of x for a weight prepared here: int8, or uint8 shifted by +128 where oneDNN reads them."""
+        bits = cast(int, self.spec.bits_a)
+        if prepared.reads_unsigned and not torch.compiler.is_compiling():
+            return quantize_unsigned(x, scale, zero_point, bits, self.grid())
+        return quantize(x, scale, zero_point, bits)
+
     def _float_forward(self, x: Tensor) -> Tensor:
         """The same sums on float hardware: weight-only layers, group scales, and devices without an integer kernel."""
         with torch.autocast(x.device.type, enabled=False):
@@ -350,11 +372,11 @@ class PackedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own backend layout: oneDNN's packed tensors cannot be copied."""
         made_here = dict.fromkeys(("_prepared", "_row_sums", "_floats", "_plain", "_constant", "_form", "_halves", "reuse"))
-        return {**self.__dict__, **made_here, "_choices": {}}
+        return {**self.__dict__, **made_here, "_choices": {}, "_grids": {}}
 
     def _forget_(self) -> None:
         self._prepared = self._row_sums = self._floats = self._plain = self._constant = self._form = self._halves = None
-        self._choices = {}
+        self._choices, self._grids = {}, {}
         if self.reuse is not None:
             self.reuse.forget_()
 
@@ -380,7 +402,7 @@ class PackedLinear(PackedLayer):
         return self._halves
 
     def _product(self, x: Tensor, scale: Tensor, zero_point: Tensor, prepared: Any) -> Tensor:
-        codes = quantize(x, scale, zero_point, cast(int, self.spec.bits_a))
+        codes = self.codes_for(x, scale, zero_point, prepared)
         return linear_op.linear(codes, scale, zero_point.reshape(()), prepared, out_dtype=_out_dtype(x))
 
     def product_together(self, x: Tensor, prepared: Any) -> Tensor | None:
@@ -418,7 +440,7 @@ class PackedConv2d(PackedLayer):
         return conv2d_op.prepare(codes, scale, zero_point, bias, stride=s.stride, padding=s.padding, dilation=s.dilation, groups=s.groups)
 
     def _integer_forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        codes = quantize(x, scale, zero_point, cast(int, self.spec.bits_a))
+        codes = self.codes_for(x, scale, zero_point, self.prepared)
         return conv2d_op.conv2d(codes, scale, zero_point.reshape(()), self.prepared, out_dtype=_out_dtype(x))
 
     def _apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
