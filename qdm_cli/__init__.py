@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qdm_cli.engine.runtime.registration import register, registration_status
 
@@ -55,6 +55,7 @@ def cached(
     cut: int | tuple[int, int | None] | None = None,
     resample: bool = True,
     force: bool = False,
+    controlnet: Literal["recompute", "reuse"] = "recompute",
     compile: bool | dict[str, Any] = False,
 ) -> Any:
     """Feature caching for any diffusers pipeline with a U-Net, DiT, PixArt, SD3 or FLUX denoiser.
@@ -69,6 +70,7 @@ def cached(
         cut: of `interval`: skip branch m of a U-Net counted from 1, or (first, end) block of a transformer; None = the cheapest.
         resample: move a schedule to the steps that the pipeline is called with, with a warning; False = refuse other steps.
         force: cache also in 8 or fewer steps.
+        controlnet: reuse = a ControlNet is computed only where the denoiser is, and its residuals are reused as well.
         compile: True or options of `torch.compile`: compile full and partial forward, one graph each.
 
     Raises:
@@ -77,7 +79,8 @@ def cached(
     """
     from qdm_cli.engine.caching.runtime import cached as make
 
-    return make(pipeline, schedule, interval=interval, cut=cut, resample=resample, force=force, compile=compile)
+    options: dict[str, Any] = {"resample": resample, "force": force, "controlnet": controlnet, "compile": compile}
+    return make(pipeline, schedule, interval=interval, cut=cut, **options)
 
 
 register()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from qdm_cli.engine.caching.runtime.cache import Cache, active_cache
+from qdm_cli.engine.caching.runtime.control import Control
 from qdm_cli.engine.caching.runtime.follow import EveryNth, FromSchedule, Source
 from qdm_cli.engine.caching.runtime.split import candidate_cuts, find_cut
 from qdm_cli.engine.caching.schedule import ModelRef, Schedule, check_fits, hash_config, read_schedule
@@ -23,6 +24,7 @@ def cached(
     cut: int | tuple[int, int | None] | None = None,
     resample: bool = True,
     force: bool = False,
+    controlnet: Control = "recompute",
     compile: bool | Mapping[str, Any] = False,
 ) -> Cache:
     """As `qdm_cli.cached`.
@@ -48,8 +50,10 @@ def cached(
             schedule, corrections = with_corrections(schedule)
         check_fits(schedule, model=ModelRef(class_=type(denoiser).__name__, config_sha256=hash_config(denoiser.config)))
         source = FromSchedule(schedule, resample)
+    if controlnet not in get_args(Control):
+        raise InputError(f"controlnet must be recompute or reuse (got {controlnet!r})")
     options = None if compile is False else {"fullgraph": True, **({} if compile is True else compile)}
-    return Cache(pipeline, component, source, corrections=corrections, force=force, compiled=options)
+    return Cache(pipeline, component, source, corrections=corrections, force=force, controlnet=controlnet, compiled=options)
 
 
 def with_corrections(path: str | Path) -> tuple[Schedule, dict[str, Any]]:

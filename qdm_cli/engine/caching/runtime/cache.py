@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.caching.runtime.clock import Clock
+from qdm_cli.engine.caching.runtime.control import Control, ControlReuse
 from qdm_cli.engine.caching.runtime.follow import Itineraries, Itinerary, Source
 from qdm_cli.engine.caching.runtime.kept import Call, Kept, Store
 from qdm_cli.engine.caching.runtime.split import SplitDenoiser
@@ -38,6 +39,7 @@ class Cache:
         source: what each call does.
         corrections: `scale.<cut>` and `shift.<cut>`, [calls, channels] f32, as `schedule.json` describes them; empty = none.
         force: cache samplers of 8 or fewer steps as well.
+        controlnet: reuse = a ControlNet of the pipeline is computed where the denoiser is, and its residuals are kept with the tensor.
         compiled: options of `torch.compile` for the full and the partial forward, one graph each; None = not compiled.
     """
 
@@ -49,6 +51,7 @@ class Cache:
         *,
         corrections: Mapping[str, torch.Tensor] | None = None,
         force: bool = False,
+        controlnet: Control = "recompute",
         compiled: Mapping[str, Any] | None = None,
     ):
         self.pipeline, self.component, self.source = pipeline, component, source
@@ -57,6 +60,7 @@ class Cache:
         self._corrections = dict(corrections or {})
         self._compiled = None if compiled is None else dict(compiled)
         self._patched: nn.Module | None = None
+        self._control = ControlReuse(self._source_of) if controlnet == "reuse" else None
         self.forward: Any = None
         self._was_enabled: list[bool] = []
         self._splits: dict[str, SplitDenoiser] = {}
@@ -100,6 +104,8 @@ class Cache:
         setattr(denoiser, place, forward)
         self._patched, self.forward = denoiser, forward
         self._clock.follow(self.pipeline.scheduler)
+        if self._control is not None:
+            self._control.attach(getattr(self.pipeline, "controlnet", None))
         return self
 
     def disable(self) -> None:
@@ -113,6 +119,8 @@ class Cache:
                     del denoiser.forward
                 else:
                     denoiser._old_forward = type(denoiser).forward.__get__(denoiser)
+        if self._control is not None:
+            self._control.detach()
         self._clock.release()
         self._forget()
         self._splits, self._calls, self._structure, self._stores = {}, {}, (), {}
@@ -155,6 +163,8 @@ class Cache:
 
     def _forget(self) -> None:
         self._kept.clear()
+        if self._control is not None:
+            self._control.forget()
         self.taken.clear()
 
     def _rebuild(self, denoiser: nn.Module) -> None:
@@ -164,10 +174,7 @@ class Cache:
 
     def _answer(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands for the denoiser's forward."""
-        if self._clock.scheduler is not self.pipeline.scheduler:  # the pipeline was given another one, its timesteps are set by now
-            self._clock.follow(self.pipeline.scheduler)
-            if getattr(self.pipeline.scheduler, "num_inference_steps", 1):  # None = it was never given timesteps
-                self._clock.open()
+        self._follow()
         place = self._clock.place(kwargs["timestep"] if "timestep" in kwargs else args[self._timestep_at])
         if place is None or self._itinerary is None:
             self._counts["outside" if place is None else "full"] += 1
@@ -185,6 +192,23 @@ class Cache:
         except BaseException:
             self._kept.clear()  # a call that did not end may have left half a tensor
             raise
+
+    def _follow(self) -> None:
+        if self._clock.scheduler is not self.pipeline.scheduler:  # the pipeline was given another one, its timesteps are set by now
+            self._clock.follow(self.pipeline.scheduler)
+            if getattr(self.pipeline.scheduler, "num_inference_steps", 1):  # None = it was never given timesteps
+                self._clock.open()
+
+    def _source_of(self, timestep: Any) -> tuple[int, int | None, int] | None:
+        """What `ControlReuse` asks for."""
+        self._follow()
+        place = self._clock.next_place(timestep)
+        if place is None or self._itinerary is None:
+            return None
+        call, branch = place
+        action, kept = self._itinerary.actions[call], self._kept.get(branch)
+        reusable = action.action == "partial" and kept is not None and kept.cut == action.cut
+        return branch, kept.source if reusable and kept is not None else None, call
 
     def _why_not(self, action: Action, branch: int, given: Call, kwargs: dict[str, Any]) -> str | None:
         """Why a partial call must be computed in full; None = it can be partial; "" = it is the first call of its trajectory."""

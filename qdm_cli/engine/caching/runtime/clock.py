@@ -117,6 +117,13 @@ class Clock:
             timestep: of the call; only its place in memory is read, except at the first call with a scheduler that does not say where
                 it begins.
         """
+        found = self.next_place(timestep)
+        if found is not None:
+            self._branch += 1
+        return found
+
+    def next_place(self, timestep: Any) -> tuple[int, int] | None:
+        """As `place`, of the denoiser call that comes next."""
         if not self._calls:
             return None
         known = place_in_memory(self.scheduler.timesteps, timestep)
@@ -125,8 +132,7 @@ class Clock:
         call = self._start + self._steps
         if call >= self._calls or self._branch >= MOST_BRANCHES or (known is not None and known != call):
             return None
-        self._branch += 1
-        return call, self._branch - 1
+        return call, self._branch
 
     def _begin(self, timestep: Any, known: int | None) -> int:
         told = getattr(self.scheduler, "begin_index", None)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import StableDiffusionImg2ImgPipeline, schedulers
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline, schedulers
 from torch import nn
 
 import qdm_cli
@@ -578,3 +578,55 @@ class TestGrids:
     def test_an_interval_longer_than_the_trajectory(self, ddpm: LoadedPipeline) -> None:
         with qdm_cli.cached(ddpm.pipeline, interval=11), pytest.raises(InputError, match=r"interval must lie in 1\.\.10"):
             run(ddpm)
+
+
+class TestControlNet:
+    @pytest.fixture
+    def drawn(self, sd: LoadedPipeline) -> Callable[..., torch.Tensor]:
+        """Last latent of a ControlNet pipeline; `counted` holds the samples of each ControlNet call that was computed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(4)
+            control = ControlNetModel.from_unet(sd.denoiser, conditioning_embedding_out_channels=(8, 8)).eval()
+            for parameter in control.parameters():
+                torch.nn.init.normal_(parameter, std=0.05)  # zero layers would answer nothing
+        known = {name: part for name, part in sd.pipeline.components.items() if name not in ("image_encoder",)}
+        pipeline = StableDiffusionControlNetPipeline(**known, controlnet=control)
+        pipeline.set_progress_bar_config(disable=True)
+        size = sd.denoiser.config.sample_size * pipeline.vae_scale_factor
+        picture = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(6))
+
+        def draw(**more: Any) -> torch.Tensor:
+            arguments = {"prompt": "a dog", "image": picture, "num_inference_steps": STEPS, "output_type": "latent", **more}
+            return pipeline(**arguments, generator=torch.Generator().manual_seed(1)).images
+
+        draw.pipeline = pipeline  # type: ignore[attr-defined]
+        draw.counted = []  # type: ignore[attr-defined]
+        control.conv_in.register_forward_hook(lambda module, args, output: draw.counted.append(len(args[0])))  # type: ignore[attr-defined]
+        return draw
+
+    @pytest.mark.parametrize(("controlnet", "computed"), [("recompute", STEPS), ("reuse", 4)])
+    def test_residuals_are_reused_where_the_denoiser_reuses(self, drawn: Any, controlnet: Any, computed: int) -> None:
+        plain = drawn()
+        drawn.counted.clear()
+        with qdm_cli.cached(drawn.pipeline, interval=3, cut=2, controlnet=controlnet) as cache:
+            first = drawn()
+            assert len(drawn.counted) == computed
+            assert torch.equal(drawn(), first) and len(drawn.counted) == 2 * computed
+            assert cache.summary()["fell_open"] == {} and not torch.equal(first, plain)
+        assert "forward" not in vars(drawn.pipeline.controlnet)
+        assert torch.equal(drawn(), plain)
+
+    def test_interval_1_changes_nothing(self, drawn: Any) -> None:
+        plain = drawn()
+        with qdm_cli.cached(drawn.pipeline, interval=1, controlnet="reuse"):
+            assert torch.equal(drawn(), plain)
+
+    def test_a_strength_that_changes_on_the_way_is_computed(self, drawn: Any) -> None:
+        """The ControlNet's influence ends in the middle: its call there has another strength than the kept one."""
+        with qdm_cli.cached(drawn.pipeline, interval=5, controlnet="reuse"):
+            drawn(control_guidance_end=0.3)
+        assert len(drawn.counted) == 3
+
+    def test_other_words(self, drawn: Any) -> None:
+        with pytest.raises(InputError, match="controlnet must be recompute or reuse"):
+            qdm_cli.cached(drawn.pipeline, interval=3, controlnet="keep")
