@@ -1,4 +1,4 @@
-"""Blocked bf16 attention against float64."""
+"""Blocked bf16 attention by torch's operators against float64, and which implementation runs where."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from qdm_kernels.attention import cpu, op, reference
+from qdm_kernels.native import attention as native
+from qdm_kernels.native.attention import Products
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -23,13 +25,16 @@ def test_close_to_float64(shape: tuple[int, ...], dtype: torch.dtype, monkeypatc
         draw(b, h, keys, width, seed=1, dtype=dtype),
         draw(b, h, keys, width, seed=2, dtype=dtype),
     )
-    got, want = op.attention(q, k, v), reference.attention(q.double(), k, v, width**-0.5)
+    got, want = cpu.attention(q, k, v, width**-0.5), reference.attention(q.double(), k, v, width**-0.5)
     assert got.dtype == dtype
     assert got.shape == want.shape
     assert (got.double() - want).norm() <= 0.01 * want.norm()
     tiled = cpu.tiled(q, k, v, width**-0.5)
     assert tiled.dtype == dtype
     assert (tiled.double() - want).norm() <= 0.01 * want.norm()
+    chosen = op.attention(q, k, v)
+    assert chosen.dtype == dtype
+    assert (chosen.double() - want).norm() <= 0.01 * want.norm()
 
 
 def test_a_common_part_of_the_keys_costs_no_precision() -> None:
@@ -69,6 +74,7 @@ def test_other_shapes_are_refused(shapes) -> None:
 
 def test_every_refusal_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "why_not_cpu", lambda: None)
+    monkeypatch.setattr(native, "products", lambda: Products.NONE)
     monkeypatch.setattr(op, "has_tiles", lambda: False)
     long = draw(1, 1, 1024, 8)
     assert op.why_not(long, long, long) is None
@@ -79,8 +85,30 @@ def test_every_refusal_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "has_tiles", lambda: True)
     assert op.why_not(long[:, :, :300], long[:, :, :300], long[:, :, :300]) is None
     assert "tiles" in (op.why_not(*[long.bfloat16()] * 3) or "")
+    monkeypatch.setattr(native, "products", lambda: Products.TILES)
+    assert op.why_not(*[long.bfloat16()] * 3) is None
+    assert op.why_not(long, long[:, :, :77], long[:, :, :77]) is None
+    assert "below 16" in (op.why_not(long, long[:, :, :5], long[:, :, :5]) or "")
     monkeypatch.setattr(op, "why_not_cpu", lambda: "no native bf16")
     assert op.why_not(long, long, long) == "no native bf16"
+
+
+@pytest.mark.parametrize(
+    ("products", "tiles", "chosen"),
+    [
+        (Products.TILES, True, native.attention),
+        (Products.VECTORS, True, cpu.tiled),
+        (Products.NONE, True, cpu.tiled),
+        (Products.VECTORS, False, native.attention),
+        (Products.NONE, False, cpu.attention),
+    ],
+)
+def test_the_fastest_implementation_runs(products, tiles, chosen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "products", lambda: products)
+    monkeypatch.setattr(op, "has_tiles", lambda: tiles)
+    x = draw(1, 1, 4, 8)
+    assert op._implementation(x, x, x, 1.0) is chosen
+    assert op._implementation(x, x.bfloat16(), x.bfloat16(), 1.0) is (cpu.tiled if tiles else cpu.attention)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
-"""softmax(q k^T * scale) v without mask, where bfloat16 products beat torch's own kernel."""
+"""softmax(q k^T * scale) v without mask, where bfloat16 products beat torch's own kernel: compiled here, else by torch's operators."""
 
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from qdm_kernels.attention import cpu
+from qdm_kernels.native import attention as native
+from qdm_kernels.native.attention import Products
 from qdm_kernels.prepared import integer_op
 
 SHORTEST = 1024  # queries and keys; below, torch's kernel keeps all scores in the cache
-SHORTEST_TILED = 256  # where AMX multiplies
+SHORTEST_TILED = 256  # where AMX multiplies in torch's kernel
+SHORTEST_NATIVE = 16  # where it multiplies in the compiled one
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -26,8 +30,15 @@ def why_not_cpu() -> str | None:
     return None
 
 
+def shortest() -> int:
+    """Length of queries and keys from which the op is the faster one."""
+    if native.products() is Products.TILES:
+        return SHORTEST_NATIVE
+    return SHORTEST_TILED if has_tiles() else SHORTEST
+
+
 def has_tiles() -> bool:
-    """Does this CPU multiply bf16 in AMX tiles? There torch's kernel is the faster one, even where a cap forbids the tiles."""
+    """Does this CPU multiply bf16 in AMX tiles? There torch's kernel beats torch's operators, even where a cap forbids the tiles."""
     return bool(_flags().get("amx_bf16"))
 
 
@@ -49,10 +60,9 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "queries, keys and values are [B, H, L, d] with equal heads and widths"
     if q.dtype not in (torch.float32, torch.bfloat16):
         return f"computes in bf16, the queries are {q.dtype}"
-    shortest = SHORTEST_TILED if has_tiles() else SHORTEST
-    if min(q.shape[2], k.shape[2]) < shortest:
-        return f"sequences below {shortest}"
-    if has_tiles() and q.dtype == torch.bfloat16:
+    if min(q.shape[2], k.shape[2]) < shortest():
+        return f"sequences below {shortest()}"
+    if has_tiles() and q.dtype == torch.bfloat16 and native.products() is not Products.TILES:
         return "torch's own kernel is the one that this CPU's tiles run"
     return "gradients" if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)) else None
 
@@ -61,9 +71,17 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """q [B, H, L, d], k, v [B, H, S, d] float -> [B, H, L, d], the dtype of q. scale: None = 1 / sqrt(d).
 
-    Products in bfloat16 with float32 sums, scores and weights rounded to bfloat16. ValueError on other shapes or an empty set of keys.
+    Products in bfloat16 with float32 sums, weights rounded to bfloat16, without a compiler scores too. ValueError: other shapes, no keys.
     """
     if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.shape != v.shape or q.shape[3] != k.shape[3] or k.shape[2] == 0:
         raise ValueError(f"q [B, H, L, d] and k, v [B, H, S > 0, d], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    run = cpu.tiled if has_tiles() else cpu.attention
-    return run(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _implementation(q, k, v, scale)(q, k, v, scale)
+
+
+def _implementation(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """Compiled tiles first; compiled vectors would lose to the tiles of torch's kernel."""
+    worst = Products.TILES if has_tiles() else Products.VECTORS
+    if native.products() >= worst and native.takes(q, k, v, scale):
+        return native.attention
+    return cpu.tiled if has_tiles() else cpu.attention

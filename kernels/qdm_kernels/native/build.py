@@ -44,24 +44,24 @@ def compiler() -> str | None:
 
 
 @cache
-def library(name: str) -> ctypes.CDLL | None:
-    """`NAME.cpp`, compiled and loaded; None = not to be had, the reason having been logged once."""
+def library(name: str, *options: str) -> ctypes.CDLL | None:
+    """`NAME.cpp`, compiled with further options and loaded; None = not to be had, the reason having been logged once."""
     if reason := why_not():
         log.info("native %s: %s", name, reason)
         return None
     try:
-        return ctypes.CDLL(str(_built(name)))
+        return ctypes.CDLL(str(_built(name, *options)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         log.warning("native %s does not compile here, torch's operators serve instead: %s", name, str(detail).strip()[-400:])
         return None
 
 
-def _built(name: str) -> Path:
+def _built(name: str, *options: str) -> Path:
     """Path of the compiled library; it appears under its name whole, so that processes may compile it side by side."""
     source, tool = Path(__file__).with_name(f"{name}.cpp"), compiler()
     assert tool is not None
-    command = [tool, *FLAGS, str(source), *_openmp()]
+    command = [tool, *FLAGS, *options, str(source), *_openmp()]
     folder = cache_folder()
     target = folder / f"{name}-{_key(source, command)}.so"
     if target.is_file():

@@ -24,7 +24,7 @@ def native_bf16(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return real(q, k, v, scale)
 
     monkeypatch.setattr(op, "why_not_cpu", lambda: None)
-    monkeypatch.setattr(op, "SHORTEST", 16)
+    monkeypatch.setattr(op, "shortest", lambda: 16)
     monkeypatch.setattr(op, "attention", watched)
     return shapes
 

@@ -1,0 +1,475 @@
+// softmax(q k^T scale) v without a mask: products of bfloat16 with float32 sums, scores in the first-level cache only.
+//
+// Both products are C[32, n] (+)= A B with A as bfloat16 rows and B in panels: 16 rows of 16 pairs, a pair being two neighbours along the
+// summed dimension. AMX multiplies a panel as one tile, AVX512-BF16 a row of it at a time. Keys and values of a head are packed once.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#if defined(__AMX_BF16__) && !defined(QDM_NO_AMX)
+#define QDM_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+
+namespace {
+
+using half = uint16_t;  // the bits of a bfloat16
+
+constexpr int kLanes = 16;           // float32 values of a register, rows and columns of a tile
+constexpr int kPanel = 512;          // values of a panel
+constexpr int kRows = 32;            // queries of one product
+constexpr int kQueries = 64;         // of one task: keys are brought into the cache once for all of them
+constexpr int kKeys = 64;            // of one product: the scores of 32 queries take 8 KiB of the first-level cache
+constexpr int kSampled = 128;        // keys whose mean is subtracted from all
+constexpr float kSafe = 60.0f;       // scores in powers of two that need no maximum subtracted: sums stay far from the ends of float32
+
+struct Shape {
+  int64_t batch, heads, queries, keys, width;
+};
+struct Strides {
+  int64_t batch, head, row;
+};
+template <typename T>
+struct View {
+  T* at;
+  Strides by;
+  T* row(int64_t b, int64_t h, int64_t i) const { return at + b * by.batch + h * by.head + i * by.row; }
+};
+
+// The larger one, or NaN.
+inline float larger(float x, float most) { return x > most || x != x ? x : most; }
+
+inline int64_t up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
+
+struct Free {
+  void operator()(void* at) const { std::free(at); }
+};
+template <typename T>
+std::unique_ptr<T[], Free> room(int64_t count) {
+  return std::unique_ptr<T[], Free>(static_cast<T*>(std::aligned_alloc(64, up(count * sizeof(T), 64) * 64)));
+}
+
+inline __mmask16 lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+}
+
+// the first of up to 16 values from `at`, zeros behind them
+inline __m512 load(const float* at, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), at); }
+inline __m512 load(const half* at, int64_t count) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(count), at)), 16));
+}
+inline void store(float* at, __m512 x, int64_t count) { _mm512_mask_storeu_ps(at, lanes(count), x); }
+inline void store(half* at, __m512 x, int64_t count) {
+  _mm256_mask_storeu_epi16(at, lanes(count), (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// Operands of a product: rows of bfloat16; panels, that of column n and of pairs 16 s and further at n * column + s * step; float32 sums.
+struct Rows {
+  const half* at;
+  int64_t stride;
+};
+struct Panels {
+  const half* at;
+  int64_t column, step;
+};
+struct Sums {
+  float* at;
+  int64_t stride;
+};
+
+#ifdef QDM_TILES
+
+struct TileSetup {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles are set anew in every call: oneDNN sets its own.
+struct Tiles {
+  Tiles() {
+    TileSetup setup;
+    std::fill_n(setup.bytes, 8, 64);
+    std::fill_n(setup.rows, 8, 16);
+    _tile_loadconfig(&setup);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// _tile_loadd tells the compiler nothing of the memory it reads
+inline void fence() { asm volatile("" ::: "memory"); }
+
+// c [32, 16 columns] (+)= a [32, 2 pairs] b
+template <bool kAdd>
+void multiply(const Rows& a, const Panels& b, const Sums& c, int columns, int pairs) {
+  fence();
+  const int steps = static_cast<int>(up(pairs, kLanes));
+  const int64_t lower = kLanes * a.stride, lda = a.stride * 2, ldc = c.stride * 4;
+  int n = 0;
+  for (; n + 2 <= columns; n += 2) {
+    float* top = c.at + n * kLanes;
+    float* low = top + kLanes * c.stride;
+    if (kAdd) {
+      _tile_loadd(0, top, ldc);
+      _tile_loadd(1, top + kLanes, ldc);
+      _tile_loadd(2, low, ldc);
+      _tile_loadd(3, low + kLanes, ldc);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int s = 0; s < steps; ++s) {
+      const half* panel = b.at + n * b.column + s * b.step;
+      _tile_loadd(4, a.at + s * 2 * kLanes, lda);
+      _tile_loadd(6, panel, 64);
+      _tile_loadd(7, panel + b.column, 64);
+      _tile_loadd(5, a.at + lower + s * 2 * kLanes, lda);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, top, ldc);
+    _tile_stored(1, top + kLanes, ldc);
+    _tile_stored(2, low, ldc);
+    _tile_stored(3, low + kLanes, ldc);
+  }
+  if (n < columns) {
+    float* top = c.at + n * kLanes;
+    float* low = top + kLanes * c.stride;
+    if (kAdd) {
+      _tile_loadd(0, top, ldc);
+      _tile_loadd(2, low, ldc);
+    } else {
+      _tile_zero(0);
+      _tile_zero(2);
+    }
+    for (int s = 0; s < steps; ++s) {
+      _tile_loadd(4, a.at + s * 2 * kLanes, lda);
+      _tile_loadd(6, b.at + n * b.column + s * b.step, 64);
+      _tile_loadd(5, a.at + lower + s * 2 * kLanes, lda);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    _tile_stored(0, top, ldc);
+    _tile_stored(2, low, ldc);
+  }
+  fence();
+}
+
+#else
+
+struct Tiles {
+  Tiles() {}  // not trivial: nobody reads the variable that holds the tiles
+};
+
+template <bool kAdd, int kColumns>
+void multiply_columns(const Rows& a, const Panels& b, const Sums& c, int first, int pairs) {
+  constexpr int kBlock = 8;
+  float* to = c.at + first * kLanes;
+  for (int r = 0; r < kRows; r += kBlock) {
+    __m512 sum[kBlock][kColumns];
+    for (int i = 0; i < kBlock; ++i)
+      for (int n = 0; n < kColumns; ++n) sum[i][n] = kAdd ? _mm512_load_ps(to + (r + i) * c.stride + n * kLanes) : _mm512_setzero_ps();
+    for (int p = 0; p < pairs; ++p) {
+      const half* panel = b.at + first * b.column + (p / kLanes) * b.step + (p % kLanes) * 2 * kLanes;
+      __m512bh right[kColumns];
+      for (int n = 0; n < kColumns; ++n) right[n] = (__m512bh)_mm512_load_si512(panel + n * b.column);
+      for (int i = 0; i < kBlock; ++i) {
+        int32_t pair;
+        __builtin_memcpy(&pair, a.at + (r + i) * a.stride + 2 * p, 4);
+        const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+        for (int n = 0; n < kColumns; ++n) sum[i][n] = _mm512_dpbf16_ps(sum[i][n], left, right[n]);
+      }
+    }
+    for (int i = 0; i < kBlock; ++i)
+      for (int n = 0; n < kColumns; ++n) _mm512_store_ps(to + (r + i) * c.stride + n * kLanes, sum[i][n]);
+  }
+}
+
+// c [32, 16 columns] (+)= a [32, 2 pairs] b
+template <bool kAdd>
+void multiply(const Rows& a, const Panels& b, const Sums& c, int columns, int pairs) {
+  const int first = columns == 1 ? 1 : columns % 2 ? 3 : 0;
+  if (first == 1) multiply_columns<kAdd, 1>(a, b, c, 0, pairs);
+  if (first == 3) multiply_columns<kAdd, 3>(a, b, c, 0, pairs);
+  for (int n = first; n < columns; n += 2) multiply_columns<kAdd, 2>(a, b, c, n, pairs);
+}
+
+#endif
+
+// 2^x, error 7.5e-5: a bfloat16 keeps 2e-3. Zero from afar, NaN from NaN.
+inline __m512 power(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.07802452f), f, _mm512_set1_ps(0.22606718f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69583352f));
+  return _mm512_scalef_ps(_mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99992522f)), x);
+}
+
+// Packed keys and values of one head, and the largest squared norm of a key in each block of keys.
+struct Packed {
+  half *keys, *values;
+  float* norms;
+};
+struct Sizes {
+  int64_t key_steps, value_columns, key_panels, blocks;  // panels along the width of keys and of values, along the keys; blocks of keys
+  explicit Sizes(const Shape& s)
+      : key_steps(up(s.width, 2 * kLanes)),
+        value_columns(up(s.width, kLanes)),
+        key_panels(2 * up(s.keys, 2 * kLanes)),
+        blocks(up(s.keys, kKeys)) {}
+  int64_t keys() const { return key_panels * key_steps * kPanel; }
+  int64_t values() const { return key_panels / 2 * value_columns * kPanel; }
+};
+
+// The mean of some keys: weights do not change with a common part of all keys, and what is left loses less to rounding. Zeros for keys in
+// bfloat16, which are not rounded as they are.
+template <typename T>
+void common_part(const View<const T>& k, int64_t b, int64_t h, const Shape& s, float* mean) {
+  const int64_t every = up(s.keys, kSampled), count = up(s.keys, every);
+  const __m512 share = _mm512_set1_ps(1.0f / static_cast<float>(count));
+  for (int64_t c = 0; c < s.width; c += kLanes) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; sizeof(T) == 4 && i < s.keys; i += every) sum = _mm512_add_ps(sum, load(k.row(b, h, i) + c, s.width - c));
+    _mm512_store_ps(mean + c, _mm512_mul_ps(sum, share));
+  }
+}
+
+// Up to 16 keys from `first` into their panels; returns the largest squared norm.
+template <typename T>
+float pack_keys(const View<const T>& k, int64_t b, int64_t h, int64_t first, const Shape& s, const float* mean, half* to) {
+  alignas(64) int32_t rows[kLanes][kLanes];
+  const __m512i column = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
+  __m512 norms[kLanes];
+  for (auto& norm : norms) norm = _mm512_setzero_ps();
+  for (int64_t c = 0; c < s.width; c += 2 * kLanes, to += kPanel) {
+    for (int i = 0; i < kLanes; ++i) {
+      __m512 low = _mm512_setzero_ps(), high = low;
+      if (first + i < s.keys) {
+        const T* from = k.row(b, h, first + i) + c;
+        const int64_t left = s.width - c;
+        low = _mm512_maskz_sub_ps(lanes(left), load(from, left), _mm512_load_ps(mean + c));
+        if (const int64_t more = left - kLanes; more > 0)
+          high = _mm512_maskz_sub_ps(lanes(more), load(from + kLanes, more), _mm512_load_ps(mean + c + kLanes));
+      }
+      norms[i] = _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, norms[i]));
+      _mm512_store_si512(rows[i], (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    for (int p = 0; p < kLanes; ++p) _mm512_store_si512(to + p * 2 * kLanes, _mm512_i32gather_epi32(column, rows[0] + p, 4));
+  }
+  float most = 0.0f;
+  for (const auto& norm : norms) most = larger(_mm512_reduce_add_ps(norm), most);
+  return most;
+}
+
+// 32 values from `first` into their panels.
+template <typename T>
+void pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, const Shape& s, half* to) {
+  for (int64_t c = 0; c < s.width; c += kLanes)
+    for (int p = 0; p < kLanes; ++p, to += 2 * kLanes) {
+      const int64_t key = first + 2 * p;
+      const __m512 even = key < s.keys ? load(v.row(b, h, key) + c, s.width - c) : _mm512_setzero_ps();
+      const __m512 odd = key + 1 < s.keys ? load(v.row(b, h, key + 1) + c, s.width - c) : _mm512_setzero_ps();
+      const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+      const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+      _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+template <typename T>
+void pack_block(const View<const T>& k, const View<const T>& v, int64_t b, int64_t h, int64_t block, const Shape& s, const Sizes& sizes,
+                const float* mean, const Packed& to) {
+  const int64_t last = std::min<int64_t>((block + 1) * kKeys / kLanes, sizes.key_panels);
+  float most = 0.0f;
+  for (int64_t panel = block * kKeys / kLanes; panel < last; ++panel) {
+    most = larger(pack_keys(k, b, h, panel * kLanes, s, mean, to.keys + panel * sizes.key_steps * kPanel), most);
+    if (panel % 2 == 0) pack_values(v, b, h, panel * kLanes, s, to.values + panel / 2 * sizes.value_columns * kPanel);
+  }
+  to.norms[block] = most;
+}
+
+// What a thread computes in: [kQueries, ...] each, scores [kRows, kKeys].
+struct Scratch {
+  std::unique_ptr<half[], Free> queries;
+  std::unique_ptr<float[], Free> scores, sums, totals, shifts, mean;
+  explicit Scratch(const Sizes& sizes)
+      : queries(room<half>(kQueries * sizes.key_steps * 2 * kLanes)), scores(room<float>(kRows * kKeys)),
+        sums(room<float>(kQueries * sizes.value_columns * kLanes)), totals(room<float>(kQueries * kLanes)), shifts(room<float>(kQueries)),
+        mean(room<float>(sizes.key_steps * 2 * kLanes)) {}
+  bool whole() const { return queries && scores && sums && totals && shifts && mean; }
+};
+
+// Queries in bfloat16, rows behind the last one zero; returns the largest squared norm.
+template <typename T>
+float pack_queries(const View<const T>& q, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, half* to) {
+  float most = 0.0f;
+  for (int64_t i = first; i < first + kQueries; ++i) {
+    __m512 norm = _mm512_setzero_ps();
+    for (int64_t c = 0; c < sizes.key_steps * 2 * kLanes; c += kLanes, to += kLanes) {
+      const __m512 x = i < s.queries && c < s.width ? load(q.row(b, h, i) + c, s.width - c) : _mm512_setzero_ps();
+      norm = _mm512_fmadd_ps(x, x, norm);
+      store(to, x, kLanes);
+    }
+    most = larger(_mm512_reduce_add_ps(norm), most);
+  }
+  return most;
+}
+
+// Scores [32, kKeys] to weights in bfloat16, in place: a row of weights lies in the first half of its scores. Of the `keys` scores of a
+// row those behind the last key weigh nothing. kBounded: no shift is needed, else it is the largest score so far, and when it grows, what
+// was summed shrinks.
+template <bool kBounded>
+void weigh(float* scores, int keys, float factor, float* totals, float* shifts, float* sums, int64_t width) {
+  const __m512 by = _mm512_set1_ps(factor);
+  const int padded = static_cast<int>(up(keys, 2 * kLanes)) * 2 * kLanes;
+  for (int r = 0; r < kRows; ++r, scores += kKeys, totals += kLanes, sums += width) {
+    __m512 shift = _mm512_setzero_ps(), total = _mm512_load_ps(totals);
+    if (!kBounded) {
+      __m512 most = _mm512_set1_ps(shifts[r]);
+      for (int j = 0; j < keys; j += kLanes) most = _mm512_mask_max_ps(most, lanes(keys - j), most, _mm512_load_ps(scores + j));
+      const float grown = _mm512_reduce_max_ps(most);
+      shift = _mm512_set1_ps(grown * factor);
+      if (grown > shifts[r]) {
+        const __m512 shrunk = power(_mm512_set1_ps((shifts[r] - grown) * factor));
+        total = _mm512_mul_ps(total, shrunk);
+        for (int64_t c = 0; c < width; c += kLanes) _mm512_store_ps(sums + c, _mm512_mul_ps(_mm512_load_ps(sums + c), shrunk));
+        shifts[r] = grown;
+      }
+    }
+    for (int j = 0; j < padded; j += 2 * kLanes) {
+      __m512 low = _mm512_load_ps(scores + j), high = _mm512_load_ps(scores + j + kLanes);
+      low = power(kBounded ? _mm512_mul_ps(low, by) : _mm512_fmsub_ps(low, by, shift));
+      high = power(kBounded ? _mm512_mul_ps(high, by) : _mm512_fmsub_ps(high, by, shift));
+      if (j + 2 * kLanes > keys) {
+        low = _mm512_maskz_mov_ps(lanes(keys - j), low);
+        high = _mm512_maskz_mov_ps(lanes(keys - j - kLanes), high);
+      }
+      total = _mm512_add_ps(total, _mm512_add_ps(low, high));
+      _mm512_store_si512(reinterpret_cast<half*>(scores) + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    _mm512_store_ps(totals, total);
+  }
+}
+
+// kQueries queries from `first` against all keys of a head.
+template <typename T>
+void attend(const View<const T>& q, const View<T>& out, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes,
+            float factor, const Packed& head, Scratch& own) {
+  const int64_t width = sizes.value_columns * kLanes, depth = sizes.key_steps * 2 * kLanes;
+  const int rows = static_cast<int>(std::min<int64_t>(kQueries, s.queries - first));
+  const float longest = pack_queries(q, b, h, first, s, sizes, own.queries.get());
+  float key = 0.0f;
+  for (int64_t block = 0; block < sizes.blocks; ++block) key = larger(head.norms[block], key);
+  const auto weigh_rows = longest * key * factor * factor < kSafe * kSafe ? weigh<true> : weigh<false>;
+  std::fill_n(own.totals.get(), kQueries * kLanes, 0.0f);
+  std::fill_n(own.sums.get(), kQueries * width, 0.0f);
+  std::fill_n(own.shifts.get(), kQueries, -FLT_MAX);
+  const Sums scores{own.scores.get(), kKeys};
+  const Rows weights{reinterpret_cast<half*>(own.scores.get()), 2 * kKeys};
+  for (int64_t block = 0; block < sizes.blocks; ++block) {
+    const int keys = static_cast<int>(std::min<int64_t>(kKeys, s.keys - block * kKeys)), steps = static_cast<int>(up(keys, 2 * kLanes));
+    const Panels right{head.keys + block * (kKeys / kLanes) * sizes.key_steps * kPanel, sizes.key_steps * kPanel, kPanel};
+    const Panels values{head.values + block * (kKeys / kLanes / 2) * sizes.value_columns * kPanel, kPanel, sizes.value_columns * kPanel};
+    for (int r = 0; r < rows; r += kRows) {
+      const Sums sums{own.sums.get() + r * width, width};
+      multiply<false>({own.queries.get() + r * depth, depth}, right, scores, 2 * steps, static_cast<int>(up(s.width, 2)));
+      weigh_rows(scores.at, keys, factor, own.totals.get() + r * kLanes, own.shifts.get() + r, sums.at, width);
+      multiply<true>(weights, values, sums, static_cast<int>(sizes.value_columns), steps * kLanes);
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(own.totals.get() + r * kLanes)));
+    for (int64_t c = 0; c < s.width; c += kLanes)
+      store(out.row(b, h, first + r) + c, _mm512_mul_ps(_mm512_load_ps(own.sums.get() + r * width + c), share), s.width - c);
+  }
+}
+
+template <typename T>
+int attention(const View<const T>& q, const View<const T>& k, const View<const T>& v, const View<T>& out, const Shape& s, float scale,
+              int threads) {
+  const Sizes sizes(s);
+  const int64_t all = s.batch * s.heads, tasks = up(s.queries, kQueries);
+  if (all * tasks == 0) return 0;
+  const int64_t group = std::min(all, up(4 * threads, tasks));  // heads whose keys lie packed at once: enough tasks for all threads
+  const auto keys = room<half>(group * sizes.keys()), values = room<half>(group * sizes.values());
+  const auto norms = room<float>(group * sizes.blocks);
+  int failed = !(keys && values && norms);
+  const float factor = scale * 1.44269504f;  // powers of two instead of e
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Scratch own(sizes);
+    if (!own.whole())
+#pragma omp atomic write
+      failed = 1;
+#pragma omp barrier
+    if (!failed) {
+      const Tiles tiles;
+      for (int64_t start = 0; start < all; start += group) {
+        const int64_t count = std::min(group, all - start);
+        const auto packed = [&](int64_t i) {
+          return Packed{keys.get() + i * sizes.keys(), values.get() + i * sizes.values(), norms.get() + i * sizes.blocks};
+        };
+        int64_t known = -1;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count * sizes.blocks; ++i) {
+          const int64_t head = start + i / sizes.blocks, b = head / s.heads, h = head % s.heads;
+          if (head != known) common_part(k, b, h, s, own.mean.get());
+          known = head;
+          pack_block(k, v, b, h, i % sizes.blocks, s, sizes, own.mean.get(), packed(i / sizes.blocks));
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count * tasks; ++i) {
+          const int64_t head = start + i / tasks;
+          attend(q, out, head / s.heads, head % s.heads, i % tasks * kQueries, s, sizes, factor, packed(i / tasks), own);
+        }
+      }
+    }
+  }
+  return failed;
+}
+
+template <typename T>
+int run(const void* q, const void* k, const void* v, void* out, const int64_t* sizes, const int64_t* by, float scale, int threads) {
+  const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+  const auto view = [](const void* at, const int64_t* by) { return View<const T>{static_cast<const T*>(at), {by[0], by[1], by[2]}}; };
+  const View<T> to{static_cast<T*>(out), {by[9], by[10], by[11]}};
+  return attention<T>(view(q, by), view(k, by + 3), view(v, by + 6), to, shape, scale, threads);
+}
+
+}  // namespace
+
+// Which products run: 2 = AMX tiles, 1 = AVX512-BF16, 0 = none. Linux grants tiles to processes that ask.
+extern "C" int qdm_attention_products() {
+#ifdef QDM_TILES
+  constexpr int kRequest = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 2 : 0;
+#else
+  return 1;
+#endif
+}
+
+// sizes: batch, heads, queries, keys, width; by: distances of batch, head and row, in values, of q, k, v and out. Returns 1 = no memory.
+extern "C" int qdm_attention_f32(const void* q, const void* k, const void* v, void* out, const int64_t* sizes, const int64_t* by,
+                                 float scale, int threads) {
+  return run<float>(q, k, v, out, sizes, by, scale, threads);
+}
+
+extern "C" int qdm_attention_bf16(const void* q, const void* k, const void* v, void* out, const int64_t* sizes, const int64_t* by,
+                                  float scale, int threads) {
+  return run<half>(q, k, v, out, sizes, by, scale, threads);
+}
+
+#else
+
+extern "C" int qdm_attention_products() { return 0; }
+
+#endif

@@ -1,0 +1,189 @@
+"""Compiled attention against float64, with both kinds of products where the machine has them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from qdm_kernels.attention import reference
+from qdm_kernels.native import attention as native
+from qdm_kernels.native.attention import Products
+
+KINDS = [kind for kind in (Products.TILES, Products.VECTORS) if native._library(kind) is not None]
+pytestmark = pytest.mark.skipif(not KINDS, reason="no compiler or no AVX512-BF16 here")
+SHAPES = [
+    (1, 1, 1, 1, 8),
+    (2, 3, 65, 130, 40),
+    (1, 2, 300, 77, 64),
+    (1, 2, 129, 257, 160),
+    (1, 1, 70, 1, 7),
+    (1, 2, 33, 31, 256),
+    (1, 3, 64, 97, 80),
+]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name.lower())
+def kind(request: pytest.FixtureRequest) -> Products:
+    return request.param
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as processors pass them: heads of one row lie beside each other."""
+    b, h, length, keys, width = shape
+    return tuple(draw(b, n, h, width, seed=seed, dtype=dtype).transpose(1, 2) for seed, n in enumerate((length, keys, keys)))  # type: ignore[return-value]
+
+
+def error(got: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+    want = reference.attention(q.double(), k.double(), v.double(), scale)
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_close_to_float64(shape, dtype, kind, threads) -> None:
+    q, k, v = drawn(shape, dtype)
+    got = native.attention(q, k, v, shape[-1] ** -0.5, kind)
+    assert got.dtype == dtype
+    assert got.transpose(1, 2).is_contiguous()
+    assert error(got, q, k, v, shape[-1] ** -0.5) <= 0.005
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_views_are_read_where_they_lie(dtype, kind) -> None:
+    """Neighbours that belong to nobody are NaN; rows of another order, and a width that is not dense."""
+    around = torch.full((3, 70, 4, 3, 48), torch.nan, dtype=dtype)
+    q, k, v = around[1:, 2:67, 1:3, 0, :40], around[1:, 5:, 1:3, 1, 8:], around[1:, 5:, 1:3, 2, 4:44]
+    for seed, part in enumerate((q, k, v)):
+        part.copy_(draw(*part.shape, seed=seed))
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    assert error(native.attention(q, k, v, 0.2, kind), q, k, v, 0.2) <= 0.005
+    apart = torch.stack([v, v], -1)[..., 0]
+    assert torch.equal(native.attention(q, k, apart, 0.2, kind), native.attention(q, k, v, 0.2, kind))
+
+
+@pytest.mark.parametrize(("q_len", "k_len", "width"), [(1, 1, 1), (33, 65, 17), (65, 33, 31), (64, 64, 32), (31, 95, 47)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_nothing_is_written_around_the_output(q_len, k_len, width, dtype, kind, monkeypatch) -> None:
+    q, k, v = drawn((2, 2, q_len, k_len, width), dtype)
+    around: list[Tensor] = []
+
+    def inside(shape, dtype):
+        """An output between two margins of sevens."""
+        count = torch.Size(shape).numel()
+        around.append(torch.full((count + 128,), 7.0, dtype=dtype))
+        return around[-1][64 : 64 + count].view(shape)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", inside)
+        got = native.attention(q, k, v, 0.3, kind)
+    assert error(got, q, k, v, 0.3) <= 0.005
+    assert (around[0][:64] == 7).all()
+    assert (around[0][-64:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", [8.0, 64.0])
+def test_large_scores_do_not_overflow(size, dtype, kind) -> None:
+    """Scores of up to 100,000. Inputs that bfloat16 holds, keys without a common part: no score is rounded, whatever its size."""
+    q, k, v = (draw(2, 2, n, 40, seed=seed).bfloat16().to(dtype) for seed, n in enumerate((150, 60, 120)))
+    q, k = q * size, torch.cat([k, -k], 2) * size
+    got = native.attention(q, k, v, 40**-0.5, kind)
+    assert torch.isfinite(got).all()
+    assert error(got, q, k, v, 40**-0.5) <= 0.005
+
+
+def test_a_maximum_that_grows_late_counts(kind) -> None:
+    """The last key takes all: what was summed before it must shrink to nothing."""
+    q, k, v = (draw(1, 1, 200, 32, seed=seed) for seed in range(3))
+    k[:, :, -1] = 50 * q[:, :, 7]
+    got = native.attention(q, k, v, 1.0, kind)
+    torch.testing.assert_close(got[0, 0, 7], v[0, 0, -1], rtol=0.01, atol=0.01)
+    assert error(got, q, k.bfloat16().float(), v, 1.0) <= 0.1
+
+
+def test_a_common_part_of_the_keys_costs_no_precision(kind) -> None:
+    q, k, v = drawn((1, 2, 130, 130, 40))
+    assert error(native.attention(q, k + 100, v, 40**-0.5, kind), q, k, v, 40**-0.5) <= 0.005
+
+
+def test_equal_keys_give_the_mean_value(kind) -> None:
+    q, k, v = drawn((1, 2, 66, 99, 40))
+    k = k[:, :, :1].expand_as(k)
+    want = v.mean(2, keepdim=True).expand_as(q)
+    torch.testing.assert_close(native.attention(q, k, v, 3.0, kind), want, rtol=0.01, atol=0.003)
+
+
+@pytest.mark.parametrize("where", ["queries", "keys", "values"])
+def test_nan_is_not_hidden(where, kind) -> None:
+    q, k, v = (t.clone() for t in drawn((1, 1, 70, 70, 40)))
+    {"queries": q, "keys": k, "values": v}[where][0, 0, 5, 3] = torch.nan
+    got = native.attention(q, k, v, 0.2, kind)
+    if where == "queries":
+        assert got[0, 0, 5].isnan().all()
+        assert torch.isfinite(got[0, 0, torch.arange(70) != 5]).all()
+    else:
+        assert got.isnan().any(3).all()
+
+
+def test_runs_and_threads_agree_to_the_bit(kind) -> None:
+    q, k, v = drawn((2, 3, 200, 300, 40))
+    before = torch.get_num_threads()
+    got = []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            got.append(native.attention(q, k, v, 0.15, kind))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, got[0]) for one in got)
+
+
+def test_torchs_own_products_survive_it(kind) -> None:
+    """oneDNN keeps a tile configuration of its own in the same threads."""
+    a, b = draw(256, 256).bfloat16(), draw(256, 256, seed=1).bfloat16()
+    want = a @ b
+    native.attention(*drawn((1, 2, 64, 64, 40)), 0.2, kind)
+    assert torch.equal(a @ b, want)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 0, 5, 8), (0, 2, 3, 5, 8)], ids=str)
+def test_no_queries_no_output(shape, kind) -> None:
+    q, k, v = drawn(shape)
+    assert native.attention(q, k, v, 1.0, kind).shape == q.shape
+
+
+def test_what_it_does_not_read() -> None:
+    x = draw(1, 1, 4, 8)
+    assert native.takes(x, x, x, 1.0)
+    assert not native.takes(x, x.bfloat16(), x, 1.0)
+    assert not native.takes(x.double(), x.double(), x.double(), 1.0)
+    assert not native.takes(x, x, x, -1.0)
+    wide = draw(1, 1, 1, native.WIDEST + 1)
+    assert not native.takes(wide, wide, wide, 1.0)
+
+
+def test_turned_off_torch_computes() -> None:
+    code = (
+        "import torch; from qdm_kernels.attention import op; from qdm_kernels.native.attention import products;"
+        "x = torch.ones(1, 1, 20, 8); print(products().name, op.attention(x, x, x).mean().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"QDM_NATIVE": "0"}, capture_output=True, text=True)
+    assert done.stdout.split() == ["NONE", "1.0"], done.stderr
