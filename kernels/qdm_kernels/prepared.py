@@ -40,6 +40,11 @@ class Prepared:
         """Does the layer also take uint8 codes, shifted by +128? That saves the pass which shifts int8 ones for oneDNN."""
         return self.backend == "cpu" and self.state.strategy == "onednn"
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """What a producer writes for the layer without a pass left to do."""
+        return torch.uint8 if self.reads_unsigned else torch.int8
+
     def __deepcopy__(self, memo: dict):
         return self
 

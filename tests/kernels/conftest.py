@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qdm_kernels import backend
+from qdm_kernels.native import tiles
 
 Draw = Callable[..., Tensor]
 
@@ -34,9 +35,10 @@ def draw() -> Draw:
 
 @pytest.fixture
 def probe_as(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """probe_as(exact): every later `backend.probe()` reports this exactness for both integer ops."""
+    """probe_as(exact): every later `backend.probe()` reports this exactness for both integer ops, and nothing is multiplied in tiles."""
 
     def pretend(exact: backend.Exact, *, fp32: bool = True) -> None:
+        monkeypatch.setattr(tiles, "why_not", lambda: "the test asks for oneDNN")
         monkeypatch.setattr(backend, "probe", lambda: backend.Probe(linear=exact, conv2d=exact, fp32=fp32))
 
     return pretend

@@ -148,7 +148,7 @@ def test_every_code_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     for codes in (
         layer_cpu.codes_of(x, None, None, [], None, 1e-5, grid, torch.int8),
         gelu_cpu.codes_of(x, False, "tanh", None, grid, torch.int8),
-        quantize_cpu.quantize_unsigned(x, SCALE, ZERO, 8, native.Grid(1.0, 0)).int() - 128,
+        quantize_cpu.quantize_for(x, SCALE, ZERO, 8, native.Grid(1.0, 0), torch.uint8).int() - 128,
     ):
         assert int(codes.max()) < 99
     scales = quantize_cpu.quantize_per_token(x, 8)[1]

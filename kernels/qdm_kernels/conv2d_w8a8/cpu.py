@@ -1,4 +1,4 @@
-"""Convolution on CPUs: oneDNN u8 x s8 where it is exact for these weights, else exact float32 (README: Strategies).
+"""Convolution on CPUs: in AMX tiles, else oneDNN u8 x s8 where it is exact for these weights, else float32 (README: Strategies).
 
 oneDNN's convolution with a zero point brings the whole weight into another layout in every call: torch packs it without. Where weights are
 many and pixels few that doubles its time, so such layers are products over unfolded codes: bytes, whose copies cost little.
@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdm_kernels import backend, onednn
+from qdm_kernels.attention.op import has_tiles
 from qdm_kernels.exact import Slice, l1_by_input, rescale_, split_exact, subtract_input_sum, subtract_zero_point, why_not_int8
 from qdm_kernels.geometry import Conv2dGeometry, Pair
 from qdm_kernels.linear_w8a8 import cpu as linear
+from qdm_kernels.native import tiles
+from qdm_kernels.native.tiles import Packed
 
 UNFOLD_OUTPUTS = 512  # filters from which a weight's layout costs more than the copies of its inputs
 UNFOLD_BYTES = 1 << 25  # of unfolded codes; more are made image by image
@@ -36,6 +39,17 @@ class Int8:
     row_sums: Tensor | None
     bordered: bool
     strategy: str = "onednn"
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """Weights minus zero point as the matrix [O, kh * kw * I], in AMX tiles."""
+
+    packed: Packed
+    kernel: Pair
+    geometry: Conv2dGeometry
+    strategy: str = "amx"
     reason: str | None = None
 
 
@@ -70,14 +84,18 @@ class Float32:
     strategy: str = "fp32"
 
 
-def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Int8 | Unfolded | Float32:
+def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Tiled | Int8 | Unfolded | Float32:
     """Pack for the fastest exact strategy on this CPU; arguments as in `op.prepare`."""
+    if (tiled := _prepare_tiled(codes, zero_point, geometry)) is not None:
+        return tiled
     if (unfolded := _prepare_unfolded(codes, zero_point, geometry)) is not None:
         return unfolded
     weight = subtract_zero_point(codes, zero_point)
     folded, reason = why_not_int8("conv2d_w8a8", codes, weight)
     if reason is None and not folded and geometry.groups > 1:
         reason = "weights minus their zero point exceed int8, and a grouped convolution has no single input sum"
+    if reason is None and has_tiles() and len(split_exact(l1_by_input(weight if folded else codes.to(torch.int16)), 255)) > 1:
+        reason = "sums past 2^24, which oneDNN rounds where AMX multiplies before it takes the zero point off"
     if reason is not None:
         return _prepare_float32(weight, geometry, reason)
     if folded:
@@ -86,12 +104,21 @@ def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Int8
     return _prepare_int8(torch.cat([codes, ones_filter]), zero_point.to(torch.int32), geometry)
 
 
+def _prepare_tiled(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Tiled | None:
+    """The layer in tiles; None where this CPU or the layer has none."""
+    if geometry.groups > 1 or codes.shape[1] % tiles.STEP or tiles.why_not():
+        return None
+    weight = subtract_zero_point(codes, zero_point)
+    packed = linear.tiled_weight(weight.permute(0, 2, 3, 1).flatten(1))
+    return None if packed is None else Tiled(packed, (codes.shape[2], codes.shape[3]), geometry)
+
+
 def _prepare_unfolded(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Unfolded | None:
     """The layer as a product; None where that is slower, or not exact on this CPU."""
     kernel = codes.shape[2], codes.shape[3]
     if geometry.groups > 1 or not (geometry.is_pointwise(kernel) or codes.shape[0] >= UNFOLD_OUTPUTS):
         return None
-    state = linear.prepare(codes.permute(0, 2, 3, 1).flatten(1), zero_point)
+    state = linear.prepare_untiled(codes.permute(0, 2, 3, 1).flatten(1), zero_point)
     if isinstance(state, linear.Float32):
         return None
     return Unfolded(state.packed, state.centre, state.ones, state.zeros, state.slices, kernel, geometry)
@@ -119,8 +146,10 @@ def _prepare_float32(weight: Tensor, geometry: Conv2dGeometry, reason: str) -> F
     return Float32(pieces, weight.flatten(1).sum(1).to(torch.int32), geometry, reason)
 
 
-def accumulate(x: Tensor, zero_point: Tensor, state: Int8 | Unfolded | Float32) -> Tensor:
+def accumulate(x: Tensor, zero_point: Tensor, state: Tiled | Int8 | Unfolded | Float32) -> Tensor:
     """sum (x - z_x)(w - z_w): x int8 [B, I, H, W] -> int32 [B, O, H', W'], channels_last."""
+    if isinstance(state, Tiled):
+        return _conv_tiled(x, int(zero_point), torch.zeros(state.packed.outputs), None, state, torch.int32)
     if isinstance(state, Unfolded):
         return _as_image(linear.accumulate(_windows(x, zero_point, state), zero_point, state.matrix), x, state)
     z = int(zero_point)
@@ -130,13 +159,18 @@ def accumulate(x: Tensor, zero_point: Tensor, state: Int8 | Unfolded | Float32) 
 
 
 def conv2d(
-    x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Int8 | Unfolded | Float32,
-    out_dtype: torch.dtype = torch.float32,
+    x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None,
+    state: Tiled | Int8 | Unfolded | Float32, out_dtype: torch.dtype = torch.float32, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """float(accumulator) * (x_scale * w_scale) + bias; w_scale, bias: [O, 1, 1]. -> [B, O, H', W'] channels_last.
 
-    float32, or `out_dtype` where that saves a pass.
+    float32, or `out_dtype` where that saves a pass. residual: of the output's shape and out_dtype, channels_last, added last; tiles alone.
     """
+    if isinstance(state, Tiled):
+        direct = out_dtype if out_dtype == torch.bfloat16 else torch.float32
+        single = x_scale.dim() == 0
+        scale, own = (x_scale * w_scale.flatten(), None) if single else (w_scale.flatten(), x_scale)
+        return _conv_tiled(x, int(zero_point), scale, None if bias is None else bias.flatten(), state, direct, own, residual)
     if isinstance(state, Unfolded):
         return _conv_unfolded(x, x_scale, zero_point, w_scale, bias, state, out_dtype)
     z = int(zero_point)
@@ -153,6 +187,27 @@ def conv2d(
         y = onednn.conv2d(x, z + 128, state.packed, x_scale * w_scale.flatten(), state.zeros, g, bias=fused, out_dtype=direct)
         return y if whole else y.add_(bias)
     return rescale_(_sums_int8(unsigned, z + 128, state), x_scale, w_scale, bias)
+
+
+def _conv_tiled(
+    x: Tensor, z: int, scale: Tensor, bias: Tensor | None, state: Tiled, dtype: torch.dtype, image_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """In tiles, over the image inside its border where that is one matrix per tap, else over unfolded codes."""
+    g, kernel = state.geometry, state.kernel
+    height, width = g.output_size((x.shape[2], x.shape[3]), kernel)
+    out = torch.empty((len(x), height, width, state.packed.outputs), dtype=dtype)
+    own = None if image_scale is None else image_scale.expand(len(x), height, width, 1).contiguous()
+    added = None if residual is None else residual.permute(0, 2, 3, 1)
+    if not g.is_pointwise(kernel) and g.stride == (1, 1):
+        image = _with_border(x, z, g).permute(0, 2, 3, 1).contiguous()
+        if tiles.rows_of(image.shape[1], image.shape[2], kernel, g.dilation) >= tiles.SIDE:
+            tiles.convolution(image, z, state.packed, kernel, g.dilation, scale, bias, out, row_scale=own, residual=added)
+            return out.permute(0, 3, 1, 2)
+    rows = _windows(x, torch.tensor(z), state)
+    flat = None if added is None else added.reshape(-1, added.shape[3])
+    tiles.product(rows, z, state.packed, scale, bias, out.view(-1, out.shape[3]), row_scale=own, residual=flat)
+    return out.permute(0, 3, 1, 2)
 
 
 def _conv_unfolded(
@@ -172,7 +227,7 @@ def _conv_unfolded(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _windows(x: Tensor, zero_point: Tensor, state: Unfolded) -> Tensor:
+def _windows(x: Tensor, zero_point: Tensor, state: Tiled | Unfolded) -> Tensor:
     """Codes under the kernel at every output pixel: [B, I, H, W] -> [B * H' * W', kh * kw * I], the border being code z."""
     g, (kh, kw) = state.geometry, state.kernel
     code = int(zero_point) + (128 if x.dtype == torch.uint8 else 0)

@@ -45,7 +45,7 @@ class PreparedConv2d(Prepared):
 
     @property
     def strategy(self) -> str:
-        """`triton`, `onednn`, `fp32` or `float64`."""
+        """`triton`, `amx`, `onednn`, `fp32` or `float64`."""
         return self.state.strategy
 
     @property
@@ -161,7 +161,7 @@ def run(
     if state.strategy == "triton":
         return home.conv2d(x, x_scale.float(), x_zero_point, w_scale, bias, state, end)
     s, z = pick(x_scale, end.step).float(), pick(x_zero_point, end.step)
-    direct = (end.out_dtype,) if state.strategy == "onednn" and end.only_casts else ()
+    direct = (end.out_dtype,) if state.strategy in ("amx", "onednn") and end.only_casts else ()
     y = home.conv2d(x, s.reshape(()) if s.numel() == 1 else s, z, w_scale, bias, state, *direct)
     return finish(y, end).contiguous(memory_format=torch.channels_last)
 

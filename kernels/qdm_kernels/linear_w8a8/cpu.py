@@ -1,4 +1,4 @@
-"""Linear layer on CPUs: oneDNN u8 x s8 where it is exact for these weights, else exact float32 (README: Strategies)."""
+"""Linear layer on CPUs: in AMX tiles, else oneDNN u8 x s8 where it is exact for these weights, else float32 (README: Strategies)."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,18 @@ import torch
 from torch import Tensor
 
 from qdm_kernels import backend, onednn
-from qdm_kernels.exact import Slice, l1_by_input, rescale_, split_exact, subtract_input_sum, subtract_zero_point, why_not_int8
+from qdm_kernels.exact import (
+    Slice,
+    l1_by_input,
+    rescale_,
+    split_exact,
+    subtract_input_sum,
+    subtract_zero_point,
+    value_range,
+    why_not_int8,
+)
+from qdm_kernels.native import tiles
+from qdm_kernels.native.tiles import Packed
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,15 @@ class Int8:
 
 
 @dataclass(frozen=True)
+class Tiled:
+    """Weights minus zero point in AMX tiles."""
+
+    packed: Packed
+    strategy: str = "amx"
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Float32:
     """Weights minus zero point as float32, cut along K so that every partial sum is exact. row_sums: int32 [N]."""
 
@@ -32,8 +52,21 @@ class Float32:
     strategy: str = "fp32"
 
 
-def prepare(codes: Tensor, zero_point: Tensor) -> Int8 | Float32:
+def prepare(codes: Tensor, zero_point: Tensor) -> Tiled | Int8 | Float32:
     """Pack for the fastest exact strategy on this CPU; arguments as in `op.prepare`."""
+    packed = tiled_weight(subtract_zero_point(codes, zero_point))
+    return prepare_untiled(codes, zero_point) if packed is None else Tiled(packed)
+
+
+def tiled_weight(weight: Tensor) -> Packed | None:
+    """A centred weight [N, K] in tiles; None where this CPU or the layer has none."""
+    if not tiles.takes(*weight.shape) or value_range(weight) != value_range(weight.to(torch.int8)):
+        return None
+    return tiles.pack(weight.to(torch.int8))
+
+
+def prepare_untiled(codes: Tensor, zero_point: Tensor) -> Int8 | Float32:
+    """Pack for oneDNN or float32."""
     weight = subtract_zero_point(codes, zero_point)
     folded, reason = why_not_int8("linear_w8a8", codes, weight)
     if reason is not None:
@@ -56,9 +89,12 @@ def _prepare_float32(weight: Tensor, reason: str) -> Float32:
     return Float32(pieces, weight.sum(1).to(torch.int32), reason)
 
 
-def accumulate(x: Tensor, zero_point: Tensor, state: Int8 | Float32) -> Tensor:
+def accumulate(x: Tensor, zero_point: Tensor, state: Tiled | Int8 | Float32) -> Tensor:
     """sum_k (x - z_x)(w - z_w): x int8 [M, K] -> int32 [M, N]."""
     z = int(zero_point)
+    if isinstance(state, Tiled):
+        none = torch.zeros(state.packed.outputs)
+        return tiles.product(x, z, state.packed, none, None, torch.empty((len(x), state.packed.outputs), dtype=torch.int32))
     if isinstance(state, Int8):
         return _accumulate_int8(onednn.to_unsigned(x), z + 128, state)
     sums = sum(torch.nn.functional.linear(x[:, a:b].float(), weight).to(torch.int32) for (a, b), weight in state.pieces)
@@ -82,10 +118,17 @@ def _masked(x: Tensor, z: int, slices: tuple[Slice, ...]):
 
 
 def linear(
-    x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Int8 | Float32,
-    out_dtype: torch.dtype = torch.float32,
+    x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: Tiled | Int8 | Float32,
+    out_dtype: torch.dtype = torch.float32, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """float(accumulator) * (x_scale * w_scale) + bias: x int8 [M, K] -> [M, N], float32 or, where that saves a pass, `out_dtype`."""
+    """float(accumulator) * (x_scale * w_scale) + bias: x int8 [M, K] -> [M, N], float32 or, where that saves a pass, `out_dtype`.
+
+    residual: [M, N] of out_dtype, added last; for tiles alone.
+    """
+    if isinstance(state, Tiled):
+        out = torch.empty((len(x), state.packed.outputs), dtype=out_dtype if out_dtype == torch.bfloat16 else torch.float32)
+        scale, own = (x_scale * w_scale, None) if x_scale.dim() == 0 else (w_scale, x_scale.contiguous())
+        return tiles.product(x, int(zero_point), state.packed, scale, bias, out, row_scale=own, residual=residual)
     if isinstance(state, Float32):
         return rescale_(_sums_float32(x, zero_point, state), x_scale, w_scale, bias)
     unsigned, z = onednn.to_unsigned(x), int(zero_point) + 128

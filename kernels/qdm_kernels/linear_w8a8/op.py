@@ -41,7 +41,7 @@ class PreparedLinear(Prepared):
 
     @property
     def strategy(self) -> str:
-        """`triton`, `onednn`, `fp32` or `float64`."""
+        """`triton`, `amx`, `onednn`, `fp32` or `float64`."""
         return self.state.strategy
 
     @property
@@ -141,7 +141,7 @@ def _run(
     if state.strategy == "triton":
         return home.linear(rows, x_scale.float(), x_zero_point, w_scale, bias, state, end).reshape(shape)
     s, z = pick(x_scale, end.step).float(), pick(x_zero_point, end.step)
-    direct = (end.out_dtype,) if state.strategy == "onednn" and end.only_casts else ()
+    direct = (end.out_dtype,) if state.strategy in ("amx", "onednn") and end.only_casts else ()
     y = home.linear(rows, s.reshape(()) if s.numel() == 1 else s, z, w_scale, bias, state, *direct)
     return finish(y.reshape(shape), end)
 

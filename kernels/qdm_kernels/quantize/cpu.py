@@ -45,12 +45,14 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     return _finish(codes, number)
 
 
-def quantize_unsigned(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, grid: Grid | None) -> Tensor:
-    """Codes of `quantize` shifted to uint8 by +128, as oneDNN reads them. grid: scale and zero point as numbers; None = not known."""
+def quantize_for(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, grid: Grid | None, dtype: torch.dtype) -> Tensor:
+    """Codes of `quantize` as int8, or as uint8 shifted by +128. grid: scale and zero point as numbers; None = not known."""
+    unsigned = dtype == torch.uint8
     if grid is None or scale.dim() or not native.takes(x) or (flat := in_memory_order(x)) is None:
-        return to_unsigned(quantize(x, scale, zero_point, bits))
-    codes = torch.empty_like(x, dtype=torch.uint8)
-    native.quantize_into(flat, codes, grid.inverse, grid.zero_point, bits, unsigned=True)
+        codes = quantize(x, scale, zero_point, bits)
+        return to_unsigned(codes) if unsigned else codes
+    codes = torch.empty_like(x, dtype=dtype)
+    native.quantize_into(flat, codes, grid.inverse, grid.zero_point, bits, unsigned=unsigned)
     return codes
 
 

@@ -8,6 +8,7 @@ sums are exact in float32. Codes become a backend's own layout at the first call
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -27,12 +28,14 @@ from qdm_cli.engine.runtime.reuse import PerPrompt, SharedInput
 from qdm_kernels.attention.op import why_not_cpu as why_not_bf16
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
 from qdm_kernels.conv2d_w8a8.cpu import pointwise
-from qdm_kernels.exact import value_range
+from qdm_kernels.exact import subtract_zero_point, value_range
 from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.layout import pack_weight, unpack_weight
+from qdm_kernels.linear_w8a8 import cpu as linear_cpu
 from qdm_kernels.linear_w8a8 import op as linear_op
+from qdm_kernels.native import tiles
 from qdm_kernels.native.producers import Grid
-from qdm_kernels.quantize.cpu import quantize_unsigned
+from qdm_kernels.quantize.cpu import quantize_for
 from qdm_kernels.quantize.op import quantize
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ class PackedLayer(nn.Module):
     _halves: tuple[Any, Any] | None
     _choices: dict[tuple[str, int], Choice]
     _grids: dict[int, Grid]
+    _gated: Gated | None
 
     def __init__(self, spec: LayerSpec, *, device: str | torch.device = "meta"):
         super().__init__()
@@ -271,8 +275,8 @@ class PackedLayer(nn.Module):
     def codes_for(self, x: Tensor, scale: Tensor, zero_point: Tensor, prepared: Any) -> Tensor:
         """Codes of x for a weight prepared here: int8, or uint8 shifted by +128 where oneDNN reads them."""
         bits = cast(int, self.spec.bits_a)
-        if prepared.reads_unsigned and not torch.compiler.is_compiling():
-            return quantize_unsigned(x, scale, zero_point, bits, self.grid())
+        if prepared.backend == "cpu" and not torch.compiler.is_compiling():
+            return quantize_for(x, scale, zero_point, bits, self.grid(), prepared.code_dtype)
         return quantize(x, scale, zero_point, bits)
 
     def _float_forward(self, x: Tensor) -> Tensor:
@@ -371,14 +375,23 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own backend layout: oneDNN's packed tensors cannot be copied."""
-        made_here = dict.fromkeys(("_prepared", "_row_sums", "_floats", "_plain", "_constant", "_form", "_halves", "reuse"))
+        made_here = dict.fromkeys(("_prepared", "_row_sums", "_floats", "_plain", "_constant", "_form", "_halves", "_gated", "reuse"))
         return {**self.__dict__, **made_here, "_choices": {}, "_grids": {}}
 
     def _forget_(self) -> None:
-        self._prepared = self._row_sums = self._floats = self._plain = self._constant = self._form = self._halves = None
+        self._prepared = self._row_sums = self._floats = self._plain = self._constant = self._form = self._halves = self._gated = None
         self._choices, self._grids = {}, {}
         if self.reuse is not None:
             self.reuse.forget_()
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A gated layer in AMX tiles, its outputs interleaved; packed: None = it does not fit."""
+
+    packed: tiles.Packed | None
+    scale: Tensor
+    bias: Tensor | None
 
 
 class PackedLinear(PackedLayer):
@@ -400,6 +413,17 @@ class PackedLinear(PackedLayer):
             first, second = ([None if part is None else part[a:b] for part in parts] for a, b in ((None, middle), (middle, None)))
             self._halves = linear_op.prepare(*first), linear_op.prepare(*second)
         return self._halves
+
+    @property
+    def gated(self) -> Gated | None:
+        """Value and gate interleaved for a product that writes codes of what they make, made once; None where there is none."""
+        if self._gated is None:
+            codes, scale, zero, bias = self.stored_parts()
+            fits = self.spec.outputs % (2 * 16) == 0 and tiles.takes(self.spec.outputs // 2, self.spec.terms)
+            packed = linear_cpu.tiled_weight(tiles.interleave(subtract_zero_point(codes, zero))) if fits else None
+            own = (scale, bias) if packed is None else (tiles.interleave(scale), None if bias is None else tiles.interleave(bias))
+            self._gated = Gated(packed, *own)
+        return None if self._gated.packed is None else self._gated
 
     def _product(self, x: Tensor, scale: Tensor, zero_point: Tensor, prepared: Any) -> Tensor:
         codes = self.codes_for(x, scale, zero_point, prepared)

@@ -1,0 +1,216 @@
+// Products of int8 codes in the tiles of AMX, exact in int32 (kernels/README.md: Tiled products). Linear layers, and convolutions of stride 1
+// over an image inside its border: there every tap is the same matrix, moved by some pixels.
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "lanes.h"
+
+extern "C" {
+
+struct QdmProduct {
+  const int8_t* x;             // codes; the 64 bytes of step s of row m lie at x + m * pitch + offsets[s]
+  const int8_t* weight;        // [panels][steps][2][16][64]: `pack` in tiles.py
+  const int64_t* offsets;      // [steps]
+  const int32_t* shift;        // [N], taken off the sums: zero point times the sum of the weights
+  const float* scale;          // [N]
+  const float* bias;           // [N] or null
+  const float* row_scale;      // [M], a factor of `scale`, or null
+  const void* residual;        // added last, as `out`, or null
+  void* out;                   // [images][rows][N], or codes [rows][N / 2]
+  const float* gain;           // of gated codes, [N / 2] or null
+  int64_t images, image_pitch; // one image for a linear layer
+  int64_t rows, pitch, steps, outputs;
+  int64_t line, valid;         // rows of a line of the image, of which the first `valid` are outputs; 0 = all rows are
+  int64_t chunk;               // rows whose codes stay in the cache while the weights pass by
+  int32_t kind;                // of out: 0 float32, 1 bfloat16, 2 int32 sums, 3 codes of value * gelu(gate)
+  float inverse;               // of the grid of gated codes
+  int32_t zero, bits, flip, threads;
+};
+
+}  // extern "C"
+
+#if defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
+
+namespace {
+
+using namespace qdm;
+
+constexpr int64_t kSide = 32;       // rows and outputs of a block: two tiles by two
+constexpr int64_t kTile = 16 * 64;  // bytes of a tile
+
+struct alignas(64) Config {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The tiles of this thread for as long as it lives; then those that oneDNN may have set up before are back.
+class Tiles {
+ public:
+  Tiles() {
+    _tile_storeconfig(&before_);
+    _tile_loadconfig(&mine_);
+  }
+  ~Tiles() {
+    if (before_.palette)
+      _tile_loadconfig(&before_);
+    else
+      _tile_release();
+  }
+
+ private:
+  Config before_, mine_;
+};
+
+// Weights of the panel after this one, a share of which every block brings into the second-level cache.
+struct Ahead {
+  const int8_t* at;  // null = this is the last panel
+  int64_t lines;     // per step
+};
+
+// Sums of a block of 32 rows and 32 outputs.
+inline void multiply(const QdmProduct& p, const int8_t* x, const int8_t* weight, int32_t* sums, Ahead ahead) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t s = 0; s < p.steps; ++s) {
+    const int8_t* from = x + p.offsets[s];
+    const int8_t* w = weight + s * 2 * kTile;
+    _tile_loadd(6, w, 64);
+    _tile_loadd(4, from, p.pitch);
+    _tile_loadd(7, w + kTile, 64);
+    _tile_loadd(5, from + 16 * p.pitch, p.pitch);
+    for (int64_t i = 0; i < ahead.lines; ++i, ahead.at += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T1);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_stored(0, sums, kSide * 4);
+  _tile_stored(1, sums + 16, kSide * 4);
+  _tile_stored(2, sums + 16 * kSide, kSide * 4);
+  _tile_stored(3, sums + 16 * kSide + 16, kSide * 4);
+}
+
+template <int Kind>
+inline Floats loaded(const void* from, int64_t at, __mmask16 mask) {
+  if (Kind == 0) return (Floats)_mm512_maskz_loadu_ps(mask, static_cast<const float*>(from) + at);
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(from) + at);
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
+
+template <int Kind>
+inline void stored(void* to, int64_t at, Floats v, __mmask16 mask) {
+  if (Kind == 0)
+    _mm512_mask_storeu_ps(static_cast<float*>(to) + at, mask, (__m512)v);
+  else
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + at, mask, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+
+// What the 16 outputs of half a block have in common.
+struct Columns {
+  Floats scale, bias;
+  Ints shift;
+  __mmask16 mask;
+
+  Columns(const QdmProduct& p, int64_t n)
+      : mask(static_cast<__mmask16>(p.outputs - n >= kLanes ? 0xffff : n < p.outputs ? (1 << (p.outputs - n)) - 1 : 0)) {
+    scale = (Floats)_mm512_maskz_loadu_ps(mask, p.scale + n);
+    bias = p.bias ? (Floats)_mm512_maskz_loadu_ps(mask, p.bias + n) : all(0.0f);
+    shift = (Ints)_mm512_maskz_loadu_epi32(mask, p.shift + n);
+  }
+
+  Floats values(const int32_t* sums, const float* row_scale) const {
+    const Ints exact = *reinterpret_cast<const Ints*>(sums) - shift;
+    const Floats product = row_scale ? *row_scale * scale : scale;  // the product of scales first, as in the contract
+    return __builtin_convertvector(exact, Floats) * product + bias;
+  }
+};
+
+// One row of a block to memory; m: its place among the outputs. n: the first output of the panel as packed.
+template <int Kind>
+inline void finish(const QdmProduct& p, const int32_t* sums, const Columns* half, int64_t m, int64_t n, const Grid& grid) {
+  const float* own = p.row_scale ? p.row_scale + m : nullptr;
+  if (Kind == 3) {
+    const int64_t at = n / 2;
+    Floats y = half[0].values(sums, own) * gelu(half[1].values(sums + kLanes, own));
+    y = p.gain ? y * load(p.gain + at) : y;
+    store_codes(static_cast<int8_t*>(p.out) + m * (p.outputs / 2) + at, y, grid);
+    return;
+  }
+  for (int i = 0; i < 2; ++i) {
+    const int64_t at = m * p.outputs + n + kLanes * i;
+    if (Kind == 2) {
+      const Ints exact = *reinterpret_cast<const Ints*>(sums + kLanes * i) - half[i].shift;
+      _mm512_mask_storeu_epi32(static_cast<int32_t*>(p.out) + at, half[i].mask, (__m512i)exact);
+      continue;
+    }
+    Floats y = half[i].values(sums + kLanes * i, own);
+    if (p.residual) y += loaded<Kind>(p.residual, at, half[i].mask);
+    stored<Kind>(p.out, at, y, half[i].mask);
+  }
+}
+
+struct Range {
+  int64_t from, to;
+};
+
+// Some rows of some images, for some panels: the weights of a panel pass by once.
+template <int Kind>
+void multiply_part(const QdmProduct& p, Range images, Range rows, Range panels) {
+  alignas(64) int32_t sums[kSide * kSide];
+  const Grid grid{p.inverse, p.zero, p.bits, p.flip};
+  const int64_t lines = p.line ? (p.rows + p.line - 1) / p.line * p.valid : p.rows, panel_bytes = p.steps * 2 * kTile;
+  const int64_t blocks = (images.to - images.from) * ((rows.to - rows.from + kSide - 1) / kSide), share = (2 * kTile / 64 + blocks - 1) / blocks;
+  for (int64_t panel = panels.from; panel < panels.to; ++panel) {
+    const int64_t n = panel * kSide;
+    const Columns half[2] = {Columns(p, n), Columns(p, n + kLanes)};
+    const int8_t* weight = p.weight + panel * panel_bytes;
+    Ahead ahead{weight + panel_bytes, panel + 1 < panels.to ? share : 0};
+    for (int64_t image = images.from; image < images.to; ++image)
+      for (int64_t m = rows.from; m < rows.to; m += kSide) {
+        const int64_t start = std::min(m, p.rows - kSide);  // the last block begins early, and leaves what is done alone
+        multiply(p, p.x + image * p.image_pitch + start * p.pitch, weight, sums, ahead);
+        ahead.at += ahead.lines * p.steps * 64;
+        int64_t column = p.line ? m % p.line : 0;
+        int64_t out = image * lines + (p.line ? m / p.line * p.valid + std::min(column, p.valid) : m);
+        for (int64_t r = m - start; r < std::min(kSide, rows.to - start); ++r) {
+          if (!p.line || column < p.valid) finish<Kind>(p, sums + r * kSide, half, out++, n, grid);
+          if (p.line && ++column == p.line) column = 0;
+        }
+      }
+  }
+}
+
+}  // namespace
+
+extern "C" int qdm_tiles_here() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM: Linux grants tiles to who asks
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
+extern "C" void qdm_product(const QdmProduct* product) {
+  const QdmProduct& p = *product;
+  const int64_t panels = (p.outputs + kSide - 1) / kSide, together = std::max<int64_t>(p.chunk / p.rows, 1);
+  const int64_t chunks = (p.rows + p.chunk - 1) / p.chunk, groups = (p.images + together - 1) / together, parts = groups * chunks;
+  const int64_t cuts = parts % p.threads ? std::min<int64_t>(p.threads, panels) : 1;  // of the panels, so that every thread has work
+  constexpr void (*kParts[])(const QdmProduct&, Range, Range, Range) = {multiply_part<0>, multiply_part<1>, multiply_part<2>, multiply_part<3>};
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  {
+    const Tiles tiles;
+#pragma omp for schedule(static, 1) nowait
+    for (int64_t task = 0; task < parts * cuts; ++task) {
+      const int64_t part = task / cuts, cut = task % cuts, image = part / chunks * together, row = part % chunks * p.chunk;
+      kParts[p.kind](p, {image, std::min(image + together, p.images)}, {row, std::min(row + p.chunk, p.rows)},
+                     {panels * cut / cuts, panels * (cut + 1) / cuts});
+    }
+  }
+}
+
+#else
+
+extern "C" int qdm_tiles_here() { return 0; }
+extern "C" void qdm_product(const QdmProduct*) {}
+
+#endif

@@ -1,0 +1,147 @@
+"""`tiles.cpp` on tensors: products of codes on CPUs that multiply in AMX tiles."""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qdm_kernels.native.build import library
+
+SIDE, STEP = 32, 64  # rows and outputs of a block; codes that one tile instruction sums
+CACHED, FIRST_LEVEL = 1_250_000, 32_768  # bytes of codes that stay while weights pass by: in the second-level cache, in the first
+_KINDS, _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}, 3
+_P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("x", "weight", "offsets", "shift", "scale", "bias", "row_scale", "residual", "out", "gain")),
+        *((name, _L) for name in ("images", "image_pitch", "rows", "pitch", "steps", "outputs", "line", "valid", "chunk")),
+        ("kind", _I),
+        ("inverse", ctypes.c_float),
+        *((name, _I) for name in ("zero", "bits", "flip", "threads")),
+    ]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [N, K] in tiles. row_sums: int32 [N]; a gated one has its two halves interleaved, and so have its vectors."""
+
+    weight: Tensor
+    row_sums: Tensor
+    outputs: int
+    terms: int
+
+
+@cache
+def why_not() -> str | None:
+    """Why nothing is multiplied in tiles here; None = it is."""
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if cap and not any(name in cap for name in ("AMX", "DEFAULT", "ALL")):
+        return f"oneDNN is capped to {cap}, and so is this"
+    made = library("tiles")
+    if made is None:
+        return "native code is not to be had"
+    return None if made.qdm_tiles_here() else "this CPU has no AMX, or its system grants none"
+
+
+def takes(outputs: int, terms: int) -> bool:
+    """Is a layer of this size multiplied in tiles?"""
+    return outputs > 0 and terms > 0 and terms % STEP == 0 and why_not() is None
+
+
+def pack(weight: Tensor) -> Packed:
+    """int8 [N, K], K a multiple of 64, in panels of 32 outputs: [N / 32, K / 64, 2, 16, 16 outputs of 4 codes]."""
+    n, k = weight.shape
+    panels = F.pad(weight, (0, 0, 0, -n % SIDE)).view(-1, 2, 16, k // STEP, 16, 4)
+    sums = weight.sum(1, dtype=torch.int64).to(torch.int32)
+    return Packed(panels.permute(0, 3, 1, 4, 2, 5).contiguous(), sums, n, k)
+
+
+def interleave(halves: Tensor) -> Tensor:
+    """[2 I, ...] = values, then gates -> 16 values, their 16 gates, and so on; I is a multiple of 16."""
+    return halves.unflatten(0, (2, -1, 16)).transpose(0, 1).flatten(0, 2)
+
+
+@cache
+def offsets(steps: int) -> Tensor:
+    """Where the codes of each step lie in a row of a matrix."""
+    return torch.arange(steps) * STEP
+
+
+@cache
+def tap_offsets(line: int, channels: int, kernel: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+    """The same in an image of lines of so many pixels: every tap, all of its channels."""
+    (kh, kw), (dh, dw) = kernel, dilation
+    pixels = (torch.arange(kh) * dh * line).view(-1, 1) + torch.arange(kw) * dw
+    return (pixels.view(-1, 1) * channels + torch.arange(0, channels, STEP)).flatten().contiguous()
+
+
+def product(
+    x: Tensor, zero_point: int, packed: Packed, scale: Tensor, bias: Tensor | None, out: Tensor, *, row_scale: Tensor | None = None,
+    residual: Tensor | None = None, gain: Tensor | None = None, grid: Any = None,
+) -> Tensor:  # fmt: skip
+    """float(sum (x - z) w) * scale + bias (+ residual) into out [M, N], float32 or bfloat16; int32: the sums alone.
+
+    x: int8 [M, K]; scale, bias: float32 [N]; row_scale: [M], a factor of scale; residual: as out. With a grid (`producers.Grid`) the
+    weight is gated, and int8 or uint8 out [M, N / 2] takes the codes of value * gelu(gate) * gain.
+    """
+    rows = len(x)
+    if rows < SIDE:
+        spare = SIDE - rows
+        x, own = F.pad(x, (0, 0, 0, spare)), None if row_scale is None else F.pad(row_scale.reshape(-1), (0, spare))
+        made = out.new_empty((SIDE, out.shape[1]))
+        out.copy_(product(x, zero_point, packed, scale, bias, made, row_scale=own, gain=gain, grid=grid)[:rows])
+        return out if residual is None else out.add_(residual)
+    where = {"images": 1, "image_pitch": 0, "rows": rows, "pitch": packed.terms, "line": 0, "valid": 0}
+    _call(x, zero_point, packed, offsets(packed.terms // STEP), scale, bias, out, where, packed.terms, row_scale, residual, gain, grid)
+    return out
+
+
+def convolution(
+    x: Tensor, zero_point: int, packed: Packed, kernel: tuple[int, int], dilation: tuple[int, int], scale: Tensor, bias: Tensor | None,
+    out: Tensor, *, row_scale: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The same of an image inside its border: x int8 [B, H, W, C], out [B, H', W', N] of stride 1; at least 32 rows (`rows_of`)."""
+    b, h, w, c = x.shape
+    rows = rows_of(h, w, kernel, dilation)
+    where = {"images": b, "image_pitch": h * w * c, "rows": rows, "pitch": c, "line": w, "valid": out.shape[2]}
+    _call(x, zero_point, packed, tap_offsets(w, c, kernel, dilation), scale, bias, out, where, c, row_scale, residual, None, None)
+    return out
+
+
+def rows_of(height: int, width: int, kernel: tuple[int, int], dilation: tuple[int, int]) -> int:
+    """Rows of the product of an image inside its border: from its first output to its last, with what lies between lines."""
+    lost_h, lost_w = (kernel[0] - 1) * dilation[0], (kernel[1] - 1) * dilation[1]
+    return (height - lost_h - 1) * width + width - lost_w
+
+
+def _call(
+    x: Tensor, zero_point: int, packed: Packed, steps: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, where: dict[str, int],
+    row_bytes: int, row_scale: Tensor | None, residual: Tensor | None, gain: Tensor | None, grid: Any,
+) -> None:  # fmt: skip
+    threads = torch.get_num_threads() if where["rows"] * where["images"] * packed.outputs * packed.terms > 4_000_000 else 1
+    shift = packed.row_sums * zero_point
+    kept = CACHED if packed.outputs * packed.terms > 1 << 20 else FIRST_LEVEL
+    chunk = max(kept // row_bytes // SIDE * SIDE, SIDE)
+    end: dict[str, Any] = {"kind": _KINDS.get(out.dtype, _CODES)}
+    if grid is not None:
+        end |= {"inverse": grid.inverse, "zero": grid.zero_point, "bits": grid.bits, "flip": 0x80 if out.dtype == torch.uint8 else 0}
+    pointers = {"x": x, "weight": packed.weight, "offsets": steps, "shift": shift, "scale": scale, "bias": bias}
+    pointers |= {"row_scale": row_scale, "residual": residual, "out": out, "gain": gain}
+    fields = {name: None if t is None else t.data_ptr() for name, t in pointers.items()}
+    call = _Product(**fields, **where, steps=len(steps), outputs=packed.outputs, chunk=chunk, threads=threads, **end)
+    _function()(ctypes.byref(call))
+
+
+@cache
+def _function():
+    made = library("tiles")
+    assert made is not None
+    made.qdm_product.restype = None
+    return made.qdm_product
