@@ -161,8 +161,12 @@ def run(
     if state.strategy == "triton":
         return home.conv2d(x, x_scale.float(), x_zero_point, w_scale, bias, state, end)
     s, z = pick(x_scale, end.step).float(), pick(x_zero_point, end.step)
+    scale = s.reshape(()) if s.numel() == 1 else s
+    if state.strategy == "amx" and end.residual is not None and end.only_adds:
+        residual = end.residual.contiguous(memory_format=torch.channels_last)
+        return home.conv2d(x, scale, z, w_scale, bias, state, end.out_dtype, residual)
     direct = (end.out_dtype,) if state.strategy in ("amx", "onednn") and end.only_casts else ()
-    y = home.conv2d(x, s.reshape(()) if s.numel() == 1 else s, z, w_scale, bias, state, *direct)
+    y = home.conv2d(x, scale, z, w_scale, bias, state, *direct)
     return finish(y, end).contiguous(memory_format=torch.channels_last)
 
 

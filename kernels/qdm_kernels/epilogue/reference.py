@@ -45,6 +45,12 @@ class Epilogue:
         return self.activation == "none" and self.residual is None and self.out_dtype != torch.int8
 
     @property
+    def only_adds(self) -> bool:
+        """Nothing but a residual of the output's own type, float32 or bfloat16, is left to be added."""
+        alike = self.residual is not None and self.residual.dtype == self.out_dtype in (torch.float32, torch.bfloat16)
+        return self.activation == "none" and alike
+
+    @property
     def plain(self) -> bool:
         """float32 and nothing else."""
         return self.activation == "none" and self.residual is None and self.out_dtype == torch.float32

@@ -141,8 +141,12 @@ def _run(
     if state.strategy == "triton":
         return home.linear(rows, x_scale.float(), x_zero_point, w_scale, bias, state, end).reshape(shape)
     s, z = pick(x_scale, end.step).float(), pick(x_zero_point, end.step)
+    scale = s.reshape(()) if s.numel() == 1 else s
+    if state.strategy == "amx" and end.residual is not None and end.only_adds:
+        residual = end.residual.reshape(-1, shape[-1]).contiguous()
+        return home.linear(rows, scale, z, w_scale, bias, state, end.out_dtype, residual).reshape(shape)
     direct = (end.out_dtype,) if state.strategy in ("amx", "onednn") and end.only_casts else ()
-    y = home.linear(rows, s.reshape(()) if s.numel() == 1 else s, z, w_scale, bias, state, *direct)
+    y = home.linear(rows, scale, z, w_scale, bias, state, *direct)
     return finish(y.reshape(shape), end)
 
 

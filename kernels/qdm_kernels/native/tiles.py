@@ -14,6 +14,7 @@ from qdm_kernels.native.build import library
 
 SIDE, STEP = 32, 64  # rows and outputs of a block; codes that one tile instruction sums
 CACHED, FIRST_LEVEL = 1_250_000, 32_768  # bytes of codes that stay while weights pass by: in the second-level cache, in the first
+SMALLEST = 4_000_000  # multiply-adds below which a second thread costs more than it saves
 _KINDS, _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}, 3
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -125,7 +126,7 @@ def _call(
     x: Tensor, zero_point: int, packed: Packed, steps: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, where: dict[str, int],
     row_bytes: int, row_scale: Tensor | None, residual: Tensor | None, gain: Tensor | None, grid: Any,
 ) -> None:  # fmt: skip
-    threads = torch.get_num_threads() if where["rows"] * where["images"] * packed.outputs * packed.terms > 4_000_000 else 1
+    threads = torch.get_num_threads() if where["rows"] * where["images"] * packed.outputs * packed.terms > SMALLEST else 1
     shift = packed.row_sums * zero_point
     kept = CACHED if packed.outputs * packed.terms > 1 << 20 else FIRST_LEVEL
     chunk = max(kept // row_bytes // SIDE * SIDE, SIDE)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qdm_cli.engine.quant.attention import CHILD
 from qdm_cli.engine.runtime.attention import plain_processor
-from qdm_cli.engine.runtime.modules import PackedConv2d, PackedLayer, PackedLinear
+from qdm_cli.engine.runtime.modules import Gated, PackedConv2d, PackedLayer, PackedLinear
 from qdm_kernels.attention import op as attention_op
 from qdm_kernels.blocks import slices
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
@@ -26,7 +26,8 @@ from qdm_kernels.gelu_quantize import cpu as gelu
 from qdm_kernels.group_norm_quantize.cpu import normalize_quantize
 from qdm_kernels.layer_norm_quantize import cpu as layer_norm
 from qdm_kernels.linear_w8a8 import op as linear_op
-from qdm_kernels.native import producers
+from qdm_kernels.native import producers, tiles
+from qdm_kernels.native.producers import Grid
 from qdm_kernels.quantize.op import quantize
 
 HIDDEN_BYTES = 2 << 20  # per thread, of the widest activation of a feed-forward: it then stays in the last-level cache
@@ -42,12 +43,12 @@ class FusedResnetBlock2D(ResnetBlock2D):
             return super().forward(input_tensor, temb, *args, **kwargs)
         hidden = norm_then_layer(self.norm1, self.conv1, x, "silu")
         shift = None if temb is None or self.time_emb_proj is None else self.time_emb_proj(self.nonlinearity(temb))
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         if takes_codes(self.conv2, hidden):
-            hidden = norm_then_layer(self.norm2, self.conv2, hidden, "silu", shift)
+            hidden = norm_then_layer(self.norm2, self.conv2, hidden, "silu", shift, shortcut)
         else:
             hidden = hidden if shift is None else hidden.add_(shift[:, :, None, None])
-            hidden = self.conv2(self.nonlinearity(self.norm2(hidden)))
-        hidden = hidden.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+            hidden = self.conv2(self.nonlinearity(self.norm2(hidden))).add_(shortcut)
         return hidden if self.output_scale_factor == 1 else hidden.div_(self.output_scale_factor)
 
     def _known(self) -> bool:
@@ -73,7 +74,11 @@ class FusedTransformer2DModel(Transformer2DModel):
         where = (batch_size, height, width, inner_dim)
         if self.use_linear_projection or not _runs_here(hidden_states):
             return super()._get_output_for_continuous_inputs(hidden_states, residual, *where)
-        return self.proj_out(hidden_states.reshape(where).permute(0, 3, 1, 2)).add_(residual)
+        x = hidden_states.reshape(where).permute(0, 3, 1, 2)
+        if not takes_codes(self.proj_out, x):
+            return self.proj_out(x).add_(residual)
+        codes = self.proj_out.codes_for(_scaled(self.proj_out, x), *self.proj_out._activation(x), self.proj_out.prepared)
+        return from_codes(self.proj_out, codes, x, residual)
 
 
 class FusedFeedForward(FeedForward):
@@ -92,30 +97,48 @@ class FusedFeedForward(FeedForward):
     def by_rows(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         """x [..., K] -> the same shape. norm: of every row first, and the input is added to the output; None = neither."""
         rows, proj, last = x.reshape(-1, x.shape[-1]), self.net[0].proj, self.net[2]
+        native = _native(x, proj, last) and (norm is None or unhooked(norm))
+        if native and (gated := proj.gated) is not None:
+            return self._through_codes(rows, norm, gated).view(*x.shape[:-1], -1)
         out = x.new_empty((len(rows), last.spec.outputs))
         block = max(torch.get_num_threads() * HIDDEN_BYTES // (4 * proj.spec.outputs), 128)
         for part in slices(len(rows), block):
-            y = self._block(rows[part], norm)
+            y = rows[part]
+            hidden = self._native_block(y, norm) if native else self._block(y if norm is None else norm(y))
             if norm is None:
-                out[part] = y
+                out[part] = hidden
             else:
-                torch.add(y.to(x.dtype), rows[part], out=out[part])
+                torch.add(hidden.to(x.dtype), y, out=out[part])
         return out.view(*x.shape[:-1], -1)
 
-    def _block(self, x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
-        """Output of some rows."""
+    def _through_codes(self, x: Tensor, norm: nn.LayerNorm | None, gated: Gated) -> Tensor:
+        """Two products, and nothing but codes between them: x [M, K] -> [M, K]."""
         proj, last = self.net[0].proj, self.net[2]
-        if _native(x, proj, last) and (norm is None or unhooked(norm)):
-            codes = (
-                proj.codes_for(_scaled(proj, x), *proj._activation(x), proj.prepared) if norm is None else layer_norm_codes(norm, proj, x)
-            )
-            hidden = from_codes(proj, codes, x, proj.prepared)
-            return from_codes(
-                last, gelu.codes_of(hidden, True, "none", last._buffers["pre_scale"], last.grid(), torch.uint8), x, last.prepared
-            )
-        y = x if norm is None else norm(x)
-        scale, zero = proj._activation(y)
-        codes = quantize(_scaled(proj, y), scale, zero, cast(int, proj.spec.bits_a))
+        grid, scale, gain = proj.grid(), proj._activation(x)[0], last._buffers["pre_scale"]
+        hidden = torch.empty((len(x), proj.spec.outputs // 2), dtype=last.prepared.code_dtype)
+        tiles.product(
+            _codes(norm, proj, x),
+            grid.zero_point,
+            cast(tiles.Packed, gated.packed),
+            gated.scale * scale,
+            gated.bias,
+            hidden,
+            gain=gain,
+            grid=last.grid(),
+        )
+        return from_codes(last, hidden, x, x if norm is not None else None)
+
+    def _native_block(self, x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
+        """Output of some rows, by native producers."""
+        proj, last = self.net[0].proj, self.net[2]
+        hidden = from_codes(proj, _codes(norm, proj, x), x)
+        return from_codes(last, gelu.codes_of(hidden, True, "none", last._buffers["pre_scale"], last.grid(), last.prepared.code_dtype), x)
+
+    def _block(self, x: Tensor) -> Tensor:
+        """Output of some rows, by torch's operators."""
+        proj, last = self.net[0].proj, self.net[2]
+        scale, zero = proj._activation(x)
+        codes = quantize(_scaled(proj, x), scale, zero, cast(int, proj.spec.bits_a))
         value, gate = (linear_op.linear(codes, scale, zero.reshape(()), half) for half in proj.halves)
         return last(value.mul_(nn.functional.gelu(gate)))
 
@@ -183,31 +206,37 @@ def fuse_blocks_(denoiser: nn.Module, *, enabled: bool) -> int:
     return count
 
 
-def norm_then_layer(norm: nn.GroupNorm, conv: PackedConv2d, x: Tensor, activation: str, shift: Tensor | None = None) -> Tensor:
-    """conv(activation(norm(x + shift))): x [B, C, H, W] -> the dtype of x, channels_last. shift: [B, C] or None."""
+def norm_then_layer(
+    norm: nn.GroupNorm, conv: PackedConv2d, x: Tensor, activation: str, shift: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """conv(activation(norm(x + shift))) + residual: x [B, C, H, W] -> the dtype of x, channels_last. shift: [B, C] or None."""
     scale, zero = conv._activation(x)
     gain, bits = conv._buffers["pre_scale"], cast(int, conv.spec.bits_a)
     where, unsigned = (norm.num_groups, norm.weight, norm.bias, gain, norm.eps, activation), conv.prepared.reads_unsigned
     codes = normalize_quantize(x, *where, scale, zero, None, bits, shift, unsigned=unsigned)
-    return conv2d_op.conv2d(codes, scale, zero.reshape(()), conv.prepared, out_dtype=x.dtype)
+    return from_codes(conv, codes, x, residual)
 
 
 def _native(x: Tensor, *layers: PackedLayer) -> bool:
     """Can native producers write what the layers read, for values like those of x?"""
-    return producers.takes(x) and all(layer.prepared.reads_unsigned and layer.grid() is not None for layer in layers)
+    return producers.takes(x) and all(layer.prepared.backend == "cpu" and layer.grid() is not None for layer in layers)
 
 
-def layer_norm_codes(norm: nn.LayerNorm, layer: PackedLinear, x: Tensor) -> Tensor:
-    """uint8 codes of norm(x), x [..., K], for a layer that `reads_unsigned`, from an x that `producers.takes`."""
-    gain, grid = layer._buffers["pre_scale"], layer.grid()
-    assert grid is not None
-    return layer_norm.codes_of(x, norm.weight, norm.bias, [], gain, norm.eps, grid, torch.uint8)
+def _codes(norm: nn.LayerNorm | None, layer: PackedLinear, x: Tensor) -> Tensor:
+    """Codes that the layer reads of norm(x), x [..., K], where `_native`; None = of x."""
+    if norm is None:
+        return layer.codes_for(_scaled(layer, x), *layer._activation(x), layer.prepared)
+    gain = layer._buffers["pre_scale"]
+    return layer_norm.codes_of(x, norm.weight, norm.bias, [], gain, norm.eps, cast(Grid, layer.grid()), layer.prepared.code_dtype)
 
 
-def from_codes(layer: PackedLinear, codes: Tensor, x: Tensor, prepared: Any) -> Tensor:
-    """Output of a layer on codes of its own, in the dtype of x."""
+def from_codes(layer: PackedConv2d | PackedLinear, codes: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Output of a layer on codes of its own, in the dtype of x. residual: of its shape and dtype, added; None = nothing."""
+    run: Any = conv2d_op.conv2d if isinstance(layer, PackedConv2d) else linear_op.linear
     scale, zero = layer._activation(x)
-    return linear_op.linear(codes, scale, zero.reshape(()), prepared, out_dtype=x.dtype)
+    joins = layer.prepared.strategy == "amx"
+    y = run(codes, scale, zero.reshape(()), layer.prepared, out_dtype=x.dtype, residual=residual if joins else None)
+    return y if residual is None or joins else y.add_(residual)
 
 
 def takes_codes(layer: nn.Module, x: Tensor) -> bool:
@@ -222,7 +251,7 @@ def takes_codes(layer: nn.Module, x: Tensor) -> bool:
 
 def _scaled(layer: PackedLayer, x: Tensor) -> Tensor:
     factors = layer._buffers["pre_scale"]
-    return x if factors is None else x.float() * factors
+    return x if factors is None else x.float() * layer._per_output(factors)
 
 
 def unhooked(*modules: nn.Module) -> bool:
