@@ -6,6 +6,7 @@ not know: other devices, gradients, torch.compile (which fuses on its own), laye
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from qdm_cli.engine.quant.attention import CHILD
 from qdm_cli.engine.runtime.attention import plain_processor
 from qdm_cli.engine.runtime.modules import Gated, PackedConv2d, PackedLayer, PackedLinear
+from qdm_cli.engine.runtime.reuse import SharedInput
 from qdm_kernels.attention import op as attention_op
 from qdm_kernels.blocks import slices
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
@@ -153,9 +155,9 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         x, masks = hidden_states, (attention_mask, encoder_attention_mask)
         if masks != (None, None) or kwargs.get("cross_attention_kwargs") or not (self._known() and _runs_here(x)):
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, *args, **kwargs)
-        x = _attend(self.attn1, self.norm1(x), None).add_(x)
+        x = _attend(self.attn1, self.norm1, x, None)
         if self.attn2 is not None:
-            x = _attend(self.attn2, self.norm2(x), encoder_hidden_states).add_(x)
+            x = _attend(self.attn2, self.norm2, x, encoder_hidden_states)
         if isinstance(self.ff, FusedFeedForward) and self.ff.fuses(x):
             return self.ff.by_rows(x, self.norm3)
         return self.ff(self.norm3(x)).add_(x)
@@ -174,15 +176,37 @@ def _is_plain(attn: nn.Module) -> bool:
     return own and not hasattr(attn, CHILD) and not any(getattr(attn, name) for name in extras) and attn.rescale_output_factor == 1
 
 
-def _attend(attn: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
-    """Attention of x [B, L, C] to itself or to a context [B, S, C'] -> [B, L, C], a tensor of its own."""
-    context = x if context is None else context
-    q, k, v = (
-        layer(y).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        for layer, y in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context))
-    )
+def _attend(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> Tensor:
+    """x + attention of norm(x), [B, L, C], to itself or to a context [B, S, C'] -> a tensor of its own."""
+    q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in _projections(attn, norm, x, context))
     product = attention_op.attention if attention_op.why_not(q, k, v) is None else nn.functional.scaled_dot_product_attention
-    return attn.to_out[0](product(q, k, v).transpose(1, 2).flatten(2))
+    y, last = product(q, k, v).transpose(1, 2).flatten(2), attn.to_out[0]
+    if not takes_codes(last, y):
+        return last(y).add_(x)
+    return from_codes(last, last.codes_for(_scaled(last, y), *last._activation(y), last.prepared), x, x)
+
+
+def _projections(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+    """Queries of norm(x), keys and values of it or of the context: the norm goes straight to codes, self-attention is one product."""
+    layers = (attn.to_q, attn.to_k, attn.to_v)
+    ready = type(norm) is nn.LayerNorm and unhooked(norm, *layers) and producers.takes(x)
+    if ready and context is None and (joint := _joint(layers, x)) is not None:
+        scale, zero = layers[0]._activation(x)
+        whole = linear_op.linear(_codes(norm, layers[0], x, joint), scale, zero.reshape(()), joint, out_dtype=x.dtype)
+        return whole.split([layer.spec.outputs for layer in layers], -1)
+    if ready and context is not None and takes_codes(layers[0], x) and _native(x, layers[0]):
+        return from_codes(layers[0], _codes(norm, layers[0], x), x), layers[1](context), layers[2](context)
+    y = norm(x)
+    return layers[0](y), *(layer(y if context is None else context) for layer in layers[1:])
+
+
+def _joint(layers: Sequence[PackedLinear], x: Tensor) -> Any:
+    """One operand for layers that turn x into the same codes; None = they do not, or not here."""
+    first = layers[0]
+    shared = isinstance(first, PackedLinear) and isinstance(first.reuse, SharedInput) and first.reuse.layers() == list(layers)
+    if not shared or first.grid() is None or not all(takes_codes(layer, x) for layer in layers):
+        return None
+    return cast(SharedInput, first.reuse).joint()
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -222,12 +246,13 @@ def _native(x: Tensor, *layers: PackedLayer) -> bool:
     return producers.takes(x) and all(layer.prepared.backend == "cpu" and layer.grid() is not None for layer in layers)
 
 
-def _codes(norm: nn.LayerNorm | None, layer: PackedLinear, x: Tensor) -> Tensor:
-    """Codes that the layer reads of norm(x), x [..., K], where `_native`; None = of x."""
+def _codes(norm: nn.LayerNorm | None, layer: PackedLinear, x: Tensor, prepared: Any = None) -> Tensor:
+    """Codes that the layer reads of norm(x), x [..., K], where `_native`; no norm: of x. prepared: None = the layer's own operand."""
+    prepared = layer.prepared if prepared is None else prepared
     if norm is None:
-        return layer.codes_for(_scaled(layer, x), *layer._activation(x), layer.prepared)
+        return layer.codes_for(_scaled(layer, x), *layer._activation(x), prepared)
     gain = layer._buffers["pre_scale"]
-    return layer_norm.codes_of(x, norm.weight, norm.bias, [], gain, norm.eps, cast(Grid, layer.grid()), layer.prepared.code_dtype)
+    return layer_norm.codes_of(x, norm.weight, norm.bias, [], gain, norm.eps, cast(Grid, layer.grid()), prepared.code_dtype)
 
 
 def from_codes(layer: PackedConv2d | PackedLinear, codes: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -13,6 +13,8 @@ from qdm_cli.engine.bench.denoisers import quantized_state, seeded_inputs
 from qdm_cli.engine.runtime import fused
 from qdm_cli.engine.runtime.fused import FUSED, fuse_blocks_
 from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_
+from qdm_cli.engine.runtime.tune import tune_
+from qdm_kernels.native import build
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +70,32 @@ def test_every_block_equals_its_parent_but_for_ties(packed, dtype: torch.dtype, 
     for kind, errors in seen.items():
         assert errors, kind
         assert max(errors) <= bound, (kind, errors)
+
+
+@pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+def test_norms_before_attention_go_straight_to_codes(packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-attention by one product of three layers, cross-attention by its queries' own; a hook on a norm is served."""
+    unet, call = copy.deepcopy(packed[0]), packed[1]
+    tune_(unet, "auto")
+    blocks = [block for block in unet.modules() if type(block) is fused.FusedBasicTransformerBlock]
+    rows: list[int] = []
+    real = fused.linear_op.linear
+
+    def watched(codes: Tensor, *args, **kwargs) -> Tensor:
+        y = real(codes, *args, **kwargs)
+        rows.append(y.shape[-1])
+        return y
+
+    monkeypatch.setattr(fused.linear_op, "linear", watched)
+    x = torch.randn(2, 64, blocks[0].attn1.to_q.spec.inputs, generator=torch.Generator().manual_seed(0))
+    plain = fused._projections(blocks[0].attn1, blocks[0].norm1, x, None)
+    assert rows == [3 * x.shape[-1]]
+    rows.clear()
+    fused._projections(blocks[0].attn2, blocks[0].norm2, x, call["encoder_hidden_states"])
+    assert rows[0] == x.shape[-1]
+    seen: list[Tensor] = []
+    blocks[0].norm1.register_forward_hook(lambda module, args, out: seen.append(out))
+    again = fused._projections(blocks[0].attn1, blocks[0].norm1, x, None)
+    assert len(seen) == 1
+    for one, other in zip(plain, again, strict=True):
+        assert (one - other).norm() <= 2e-3 * other.norm()
