@@ -15,7 +15,7 @@ from qdm_kernels.attention.op import has_tiles
 from qdm_kernels.exact import Slice, l1_by_input, rescale_, split_exact, subtract_input_sum, subtract_zero_point, why_not_int8
 from qdm_kernels.geometry import Conv2dGeometry, Pair
 from qdm_kernels.linear_w8a8 import cpu as linear
-from qdm_kernels.native import tiles
+from qdm_kernels.native import producers, tiles
 from qdm_kernels.native.tiles import Packed
 
 UNFOLD_OUTPUTS = 512  # filters from which a weight's layout costs more than the copies of its inputs
@@ -189,9 +189,29 @@ def conv2d(
     return rescale_(_sums_int8(unsigned, z + 128, state), x_scale, w_scale, bias)
 
 
+def reads_floats(state: Tiled, x: Tensor) -> bool:
+    """Does `from_floats` take an x of this size and kind?"""
+    left, right, top, bottom = state.geometry.border
+    return producers.takes(x) and _is_one_matrix_per_tap(state, x.shape[2] + top + bottom, x.shape[3] + left + right)
+
+
+def from_floats(
+    x: Tensor, source: tiles.Source, scale: Tensor, bias: Tensor | None, state: Tiled, residual: Tensor | None = None
+) -> Tensor:
+    """`conv2d` of the codes that `source` makes of x, in one pass: the dtype of x, which `reads_floats`. scale: x_scale * w_scale, [O]."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    return _conv_tiled(x, source.grid.zero_point, scale, bias, state, x.dtype, None, residual, source)
+
+
+def _is_one_matrix_per_tap(state: Tiled, height: int, width: int) -> bool:
+    """Is the layer a sum of products with the rows of an image that is so large with its border?"""
+    return state.geometry.stride == (1, 1) and tiles.rows_of(height, width, state.kernel, state.geometry.dilation) >= tiles.SIDE
+
+
 def _conv_tiled(
     x: Tensor, z: int, scale: Tensor, bias: Tensor | None, state: Tiled, dtype: torch.dtype, image_scale: Tensor | None = None,
-    residual: Tensor | None = None,
+    residual: Tensor | None = None, source: tiles.Source | None = None,
 ) -> Tensor:  # fmt: skip
     """In tiles, over the image inside its border where that is one matrix per tap, else over unfolded codes."""
     g, kernel = state.geometry, state.kernel
@@ -199,14 +219,15 @@ def _conv_tiled(
     out = torch.empty((len(x), height, width, state.packed.outputs), dtype=dtype)
     own = None if image_scale is None else image_scale.expand(len(x), height, width, 1).contiguous()
     added = None if residual is None else residual.permute(0, 2, 3, 1)
-    if not g.is_pointwise(kernel) and g.stride == (1, 1):
-        image = _with_border(x, z, g).permute(0, 2, 3, 1).contiguous()
-        if tiles.rows_of(image.shape[1], image.shape[2], kernel, g.dilation) >= tiles.SIDE:
-            tiles.convolution(image, z, state.packed, kernel, g.dilation, scale, bias, out, row_scale=own, residual=added)
-            return out.permute(0, 3, 1, 2)
+    left, right, top, bottom = g.border
+    tap = not g.is_pointwise(kernel) and _is_one_matrix_per_tap(state, x.shape[2] + top + bottom, x.shape[3] + left + right)
+    if tap or (source is not None and source.affine is not None):
+        image, end = x.permute(0, 2, 3, 1).contiguous(), {"row_scale": own, "residual": added, "source": source}
+        tiles.convolution(image, z, state.packed, kernel, g.dilation, g.border, scale, bias, out, **end)
+        return out.permute(0, 3, 1, 2)
     rows = _windows(x, torch.tensor(z), state)
     flat = None if added is None else added.reshape(-1, added.shape[3])
-    tiles.product(rows, z, state.packed, scale, bias, out.view(-1, out.shape[3]), row_scale=own, residual=flat)
+    tiles.product(rows, z, state.packed, scale, bias, out.view(-1, out.shape[3]), row_scale=own, residual=flat, source=source)
     return out.permute(0, 3, 1, 2)
 
 

@@ -57,7 +57,8 @@ def codes_of(
 ) -> Tensor:  # fmt: skip
     """The native loop on an x it takes, channels_last. dtype: int8, or uint8 for codes shifted by +128."""
     codes = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
-    producers.group_norm(x, groups, weight, bias, shift, gain, eps, activation == "silu", codes, grid)
+    affine = producers.group_affine(x, groups, weight, bias, shift, eps)
+    producers.affine_codes(x, affine, gain, activation == "silu", codes, grid)
     return codes
 
 

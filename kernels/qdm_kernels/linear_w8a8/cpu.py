@@ -146,6 +146,17 @@ def linear(
     return rescale_(sums, x_scale, w_scale, bias)
 
 
+def from_floats(
+    x: Tensor, source: tiles.Source, scale: Tensor, bias: Tensor | None, state: Tiled, residual: Tensor | None = None
+) -> Tensor:
+    """`linear` of the codes that `source` makes of x [..., K], in one pass: the dtype of x, which `producers.takes`. scale: [N]."""
+    out = torch.empty((*x.shape[:-1], state.packed.outputs), dtype=x.dtype)
+    rows, flat = x.reshape(-1, x.shape[-1]).contiguous(), out.view(-1, state.packed.outputs)
+    added = None if residual is None else residual.reshape(flat.shape).contiguous()
+    tiles.product(rows, source.grid.zero_point, state.packed, scale, bias, flat, residual=added, source=source)
+    return out
+
+
 def _sums_float32(x: Tensor, zero_point: Tensor, state: Float32) -> Tensor:
     """float(accumulator), rounded once. In one piece A and z * row_sums are exact, so their difference is."""
     if len(state.pieces) > 1:

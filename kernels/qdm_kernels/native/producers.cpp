@@ -79,12 +79,12 @@ void group_affine(const double* mean, const double* variance, int64_t channels, 
   }
 }
 
+// Normalization of every image as y = x * factor + offset: affine [images][2][channels].
 template <typename T>
-void group_norm(const T* x, int64_t images, int64_t pixels, int64_t channels, int64_t groups, const float* weight, const float* bias,
-                const float* shift, const float* gain, float eps, bool with_silu, int8_t* codes, Grid grid, int threads) {
+void group_moments(const T* x, int64_t images, int64_t pixels, int64_t channels, int64_t groups, const float* weight, const float* bias,
+                   const float* shift, float eps, float* factors, float* offsets, int threads) {
   const int64_t blocks = (pixels + kBlock - 1) / kBlock, size = pixels * channels;
   const std::unique_ptr<float[]> moments(new float[images * blocks * 2 * channels]);
-  const std::unique_ptr<float[]> affine(new float[images * 2 * channels]);
   const std::unique_ptr<double[]> whole(new double[images * 2 * channels]);
 #pragma omp parallel num_threads(threads) if (images * size > kLeast)
   {
@@ -97,23 +97,27 @@ void group_norm(const T* x, int64_t images, int64_t pixels, int64_t channels, in
 #pragma omp for schedule(static)
     for (int64_t image = 0; image < images; ++image) {
       double* mean = whole.get() + image * 2 * channels;
-      float* factor = affine.get() + image * 2 * channels;
+      const int64_t at = image * channels;
       merge_moments(moments.get() + image * blocks * 2 * channels, blocks, pixels, channels, mean, mean + channels);
-      group_affine(mean, mean + channels, channels, groups, weight, bias, shift ? shift + image * channels : nullptr, eps, factor,
-                   factor + channels);
+      group_affine(mean, mean + channels, channels, groups, weight, bias, shift ? shift + at : nullptr, eps, factors + at, offsets + at);
     }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < images * pixels; ++i) {
-      const float *factor = affine.get() + i / pixels * 2 * channels, *offset = factor + channels;
-      const T* from = x + i * channels;
-      int8_t* to = codes + i * channels;
-      sweep(channels, [=](int64_t c, int64_t k) QDM_INLINE {
-        Floats y = fma(load(from + c, k), load(factor + c, k), load(offset + c, k));
-        y = with_silu ? silu(y) : y;
-        y = gain ? y * load(gain + c, k) : y;
-        store_codes(to + c, y, grid, k);
-      });
-    }
+  }
+}
+
+template <typename T>
+void affine_codes(const T* x, int64_t images, int64_t pixels, int64_t channels, const float* factors, const float* offsets,
+                  const float* gain, bool with_silu, int8_t* codes, Grid grid, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (images * pixels * channels > kLeast)
+  for (int64_t i = 0; i < images * pixels; ++i) {
+    const float *factor = factors + i / pixels * channels, *offset = offsets + i / pixels * channels;
+    const T* from = x + i * channels;
+    int8_t* to = codes + i * channels;
+    sweep(channels, [=](int64_t c, int64_t k) QDM_INLINE {
+      Floats y = fma(load(from + c, k), load(factor + c, k), load(offset + c, k));
+      y = with_silu ? silu(y) : y;
+      y = gain ? y * load(gain + c, k) : y;
+      store_codes(to + c, y, grid, k);
+    });
   }
 }
 
@@ -212,11 +216,15 @@ void token_rows(const T* x, int64_t rows, int64_t width, int8_t* codes, float* s
 }  // namespace
 
 #define QDM_EXPORT(NAME, T)                                                                                                              \
-  extern "C" void qdm_group_norm_##NAME(const T* x, int64_t images, int64_t pixels, int64_t channels, int64_t groups,                    \
-                                        const float* weight, const float* bias, const float* shift, const float* gain, float eps,        \
-                                        int with_silu, int8_t* codes, float inverse, int zero, int bits, int flip, int threads) {        \
-    group_norm(x, images, pixels, channels, groups, weight, bias, shift, gain, eps, with_silu, codes, {inverse, zero, bits, flip},       \
-               threads);                                                                                                                 \
+  extern "C" void qdm_group_moments_##NAME(const T* x, int64_t images, int64_t pixels, int64_t channels, int64_t groups,                 \
+                                           const float* weight, const float* bias, const float* shift, float eps, float* factors,        \
+                                           float* offsets, int threads) {                                                                \
+    group_moments(x, images, pixels, channels, groups, weight, bias, shift, eps, factors, offsets, threads);                             \
+  }                                                                                                                                      \
+  extern "C" void qdm_affine_codes_##NAME(const T* x, int64_t images, int64_t pixels, int64_t channels, const float* factors,            \
+                                          const float* offsets, const float* gain, int with_silu, int8_t* codes, float inverse,          \
+                                          int zero, int bits, int flip, int threads) {                                                   \
+    affine_codes(x, images, pixels, channels, factors, offsets, gain, with_silu, codes, {inverse, zero, bits, flip}, threads);           \
   }                                                                                                                                      \
   extern "C" void qdm_layer_norm_##NAME(const T* x, int64_t rows, int64_t width, const float* factor, const float* offset,               \
                                         int64_t rows_per_factor, float eps, int8_t* codes, float* scales, float inverse, int zero,       \

@@ -14,7 +14,8 @@ _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _GRID = [_FLOAT, *[_INT] * 4]  # Grid and the number of threads
 _ARGUMENTS = {
-    "group_norm": [_POINTER, *[_SIZE] * 4, *[_POINTER] * 4, _FLOAT, _INT, _POINTER, *_GRID],
+    "group_moments": [_POINTER, *[_SIZE] * 4, *[_POINTER] * 3, _FLOAT, *[_POINTER] * 2, _INT],
+    "affine_codes": [_POINTER, *[_SIZE] * 3, *[_POINTER] * 3, _INT, _POINTER, *_GRID],
     "layer_norm": [_POINTER, *[_SIZE] * 2, *[_POINTER] * 2, _SIZE, _FLOAT, *[_POINTER] * 2, *_GRID],
     "gelu": [_POINTER, *[_SIZE] * 4, _INT, *[_POINTER] * 3, *_GRID],
     "per_token": [_POINTER, *[_SIZE] * 2, *[_POINTER] * 2, *[_INT] * 3],
@@ -45,15 +46,24 @@ def takes(x: Tensor) -> bool:
     return x.dtype in _KINDS and x.device.type == "cpu" and library("producers") is not None
 
 
-def group_norm(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, gain: Tensor | None, eps: float,
-    with_silu: bool, codes: Tensor, grid: Grid,
-) -> None:  # fmt: skip
-    """Codes of silu(GroupNorm(x + shift)) * gain: x, codes [B, C, H, W] channels_last; shift [B, C]; weight, bias, gain [C] or None."""
+def group_affine(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """GroupNorm(x + shift) as x * factor + offset, float32 [B, C] both: x [B, C, H, W] channels_last; shift [B, C]; weight, bias [C]."""
     b, c, h, w = x.shape
-    held = [_floats(t) for t in (weight, bias, shift, gain)]
-    call = _function("group_norm", x.dtype)
-    call(x.data_ptr(), b, h * w, c, groups, *map(_at, held), eps, with_silu, codes.data_ptr(), *grid.arguments(codes))
+    held = [_floats(t) for t in (weight, bias, shift)]
+    factor, offset = torch.empty((b, c)), torch.empty((b, c))
+    call, out = _function("group_moments", x.dtype), (factor.data_ptr(), offset.data_ptr())
+    call(x.data_ptr(), b, h * w, c, groups, *map(_at, held), eps, *out, torch.get_num_threads())
+    return factor, offset
+
+
+def affine_codes(x: Tensor, affine: tuple[Tensor, Tensor], gain: Tensor | None, with_silu: bool, codes: Tensor, grid: Grid) -> None:
+    """Codes of silu(x * factor + offset) * gain: x, codes [B, C, H, W] channels_last; gain [C] or None."""
+    b, c, h, w = x.shape
+    gain = _floats(gain)
+    call, where = _function("affine_codes", x.dtype), (x.data_ptr(), b, h * w, c)
+    call(*where, *map(_at, affine), _at(gain), with_silu, codes.data_ptr(), *grid.arguments(codes))
 
 
 def layer_norm(

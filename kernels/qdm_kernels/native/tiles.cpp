@@ -3,12 +3,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cstdlib>
+
 #include "lanes.h"
 
 extern "C" {
 
 struct QdmProduct {
-  const int8_t* x;             // codes; the 64 bytes of step s of row m lie at x + m * pitch + offsets[s]
+  const void* x;               // codes, or floats to quantize: [images][rows][pitch], or [images][height][width][pitch] without border
   const int8_t* weight;        // [panels][steps][2][16][64]: `pack` in tiles.py
   const int64_t* offsets;      // [steps]
   const int32_t* shift;        // [N], taken off the sums: zero point times the sum of the weights
@@ -18,10 +20,17 @@ struct QdmProduct {
   const void* residual;        // added last, as `out`, or null
   void* out;                   // [images][rows][N], or codes [rows][N / 2]
   const float* gain;           // of gated codes, [N / 2] or null
-  int64_t images, image_pitch; // one image for a linear layer
-  int64_t rows, pitch, steps, outputs;
-  int64_t line, valid;         // rows of a line of the image, of which the first `valid` are outputs; 0 = all rows are
+  const float* factor;         // y = x * factor + offset is quantized, [images][pitch] both; null = x is
+  const float* offset;
+  const float* x_gain;         // [pitch], of what is quantized, last; null = 1
+  int64_t images;              // one for a linear layer
+  int64_t rows, pitch, steps, outputs;  // the 64 bytes of step s of row m lie at codes + m * pitch + offsets[s]
+  int64_t line, valid;         // rows of a line inside the border, of which the first `valid` are outputs; 0 = no image
+  int64_t height, width, top, left, reach;  // of the image, its border, and how many lines below its own an output reads
   int64_t chunk;               // rows whose codes stay in the cache while the weights pass by
+  int32_t x_kind, x_silu;      // 0 int8 codes, 1 float32, 2 bfloat16; silu(y) is quantized
+  float x_inverse;             // of the grid of x
+  int32_t x_zero, x_bits;
   int32_t kind;                // of out: 0 float32, 1 bfloat16, 2 int32 sums, 3 codes of value * gelu(gate)
   float inverse;               // of the grid of gated codes
   int32_t zero, bits, flip, threads;
@@ -156,6 +165,80 @@ struct Range {
   int64_t from, to;
 };
 
+// Memory of one thread that stays: a fresh megabyte costs hundreds of page faults.
+int8_t* scratch(int64_t bytes) {
+  struct Kept {
+    int8_t* at = nullptr;
+    int64_t size = 0;
+    ~Kept() { std::free(at); }
+  };
+  thread_local Kept kept;
+  if (kept.size < bytes) {
+    std::free(kept.at);
+    kept.size = (bytes + (bytes >> 2) + 4095) / 4096 * 4096;
+    kept.at = static_cast<int8_t*>(std::aligned_alloc(4096, kept.size));
+  }
+  return kept.at;
+}
+
+// Codes of `count` pixels or rows of x from value `at` on.
+template <typename T>
+void quantize(const QdmProduct& p, const T* x, int64_t image, int64_t count, int8_t* to) {
+  const Grid grid{p.x_inverse, p.x_zero, p.x_bits, 0};
+  if (!p.factor && !p.x_gain && !p.x_silu) {
+    sweep(count * p.pitch, [=](int64_t c, int64_t k) __attribute__((always_inline)) { store_codes(to + c, load(x + c, k), grid, k); });
+    return;
+  }
+  const float *factor = p.factor ? p.factor + image * p.pitch : nullptr, *offset = p.factor ? p.offset + image * p.pitch : nullptr;
+  for (int64_t i = 0; i < count; ++i, x += p.pitch, to += p.pitch)
+    for (int64_t c = 0; c < p.pitch; c += kLanes) {  // pitch is a multiple of 64
+      Floats y = factor ? fma(load(x + c), load(factor + c), load(offset + c)) : load(x + c);
+      y = p.x_silu ? silu(y) : y;
+      store_codes(to + c, p.x_gain ? y * load(p.x_gain + c) : y, grid);
+    }
+}
+
+void bring(const QdmProduct& p, int64_t image, int64_t at, int64_t count, int8_t* to) {
+  const int64_t first = (image * (p.line ? p.height * p.width : p.rows) + at) * p.pitch;
+  if (p.x_kind == 0)
+    std::memcpy(to, static_cast<const int8_t*>(p.x) + first, count * p.pitch);
+  else if (p.x_kind == 1)
+    quantize(p, static_cast<const float*>(p.x) + first, image, count, to);
+  else
+    quantize(p, static_cast<const uint16_t*>(p.x) + first, image, count, to);
+}
+
+// Where the codes of some rows are: those of x itself, or made in memory of this thread.
+struct Codes {
+  const int8_t* at;      // row 0 of the first image, wherever the rows that are there begin
+  int64_t image_pitch;
+};
+
+Codes codes_of(const QdmProduct& p, Range images, Range rows) {
+  const int64_t from = std::min(rows.from, p.rows - kSide);
+  if (!p.line) {
+    if (p.x_kind == 0) return {static_cast<const int8_t*>(p.x) + images.from * p.rows * p.pitch, p.rows * p.pitch};
+    int8_t* to = scratch((rows.to - from) * p.pitch);
+    bring(p, images.from, from, rows.to - from, to);
+    return {to - from * p.pitch, 0};
+  }
+  const int64_t first = from / p.line, count = (rows.to - 1) / p.line + p.reach + 1 - first, bytes = p.line * p.pitch;
+  int8_t* const base = scratch(((images.to - images.from) * count + 1) * bytes);  // a line more: what is dropped may read past the last
+  int8_t* to = base;
+  for (int64_t image = images.from; image < images.to; ++image)
+    for (int64_t line = first; line < first + count; ++line, to += bytes) {
+      const int64_t y = line - p.top;
+      if (y < 0 || y >= p.height) {
+        std::memset(to, p.x_zero, bytes);
+        continue;
+      }
+      std::memset(to, p.x_zero, p.left * p.pitch);
+      bring(p, image, y * p.width, p.width, to + p.left * p.pitch);
+      std::memset(to + (p.left + p.width) * p.pitch, p.x_zero, (p.line - p.left - p.width) * p.pitch);
+    }
+  return {base - first * bytes, count * bytes};
+}
+
 // Some rows of some images, for some panels: the weights of a panel pass by once.
 template <int Kind>
 void multiply_part(const QdmProduct& p, Range images, Range rows, Range panels) {
@@ -163,6 +246,7 @@ void multiply_part(const QdmProduct& p, Range images, Range rows, Range panels) 
   const Grid grid{p.inverse, p.zero, p.bits, p.flip};
   const int64_t lines = p.line ? (p.rows + p.line - 1) / p.line * p.valid : p.rows, panel_bytes = p.steps * 2 * kTile;
   const int64_t blocks = (images.to - images.from) * ((rows.to - rows.from + kSide - 1) / kSide), share = (2 * kTile / 64 + blocks - 1) / blocks;
+  const Codes codes = codes_of(p, images, rows);
   for (int64_t panel = panels.from; panel < panels.to; ++panel) {
     const int64_t n = panel * kSide;
     const Columns half[2] = {Columns(p, n), Columns(p, n + kLanes)};
@@ -171,7 +255,7 @@ void multiply_part(const QdmProduct& p, Range images, Range rows, Range panels) 
     for (int64_t image = images.from; image < images.to; ++image)
       for (int64_t m = rows.from; m < rows.to; m += kSide) {
         const int64_t start = std::min(m, p.rows - kSide);  // the last block begins early, and leaves what is done alone
-        multiply(p, p.x + image * p.image_pitch + start * p.pitch, weight, sums, ahead);
+        multiply(p, codes.at + (image - images.from) * codes.image_pitch + start * p.pitch, weight, sums, ahead);
         ahead.at += ahead.lines * p.steps * 64;
         int64_t column = p.line ? m % p.line : 0;
         int64_t out = image * lines + (p.line ? m / p.line * p.valid + std::min(column, p.valid) : m);
@@ -192,7 +276,8 @@ extern "C" int qdm_tiles_here() {
 
 extern "C" void qdm_product(const QdmProduct* product) {
   const QdmProduct& p = *product;
-  const int64_t panels = (p.outputs + kSide - 1) / kSide, together = std::max<int64_t>(p.chunk / p.rows, 1);
+  const int64_t panels = (p.outputs + kSide - 1) / kSide, each = std::max<int64_t>(p.images / p.threads, 1);
+  const int64_t together = p.line ? std::min(std::max<int64_t>(p.chunk / p.rows, 1), each) : 1;
   const int64_t chunks = (p.rows + p.chunk - 1) / p.chunk, groups = (p.images + together - 1) / together, parts = groups * chunks;
   const int64_t cuts = parts % p.threads ? std::min<int64_t>(p.threads, panels) : 1;  // of the panels, so that every thread has work
   constexpr void (*kParts[])(const QdmProduct&, Range, Range, Range) = {multiply_part<0>, multiply_part<1>, multiply_part<2>, multiply_part<3>};

@@ -11,19 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdm_kernels.native.build import library
+from qdm_kernels.native.producers import Grid
 
 SIDE, STEP = 32, 64  # rows and outputs of a block; codes that one tile instruction sums
 CACHED, FIRST_LEVEL = 1_250_000, 32_768  # bytes of codes that stay while weights pass by: in the second-level cache, in the first
 SMALLEST = 4_000_000  # multiply-adds below which a second thread costs more than it saves
 _KINDS, _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}, 3
+_SOURCES = {torch.int8: 0, torch.float32: 1, torch.bfloat16: 2}
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
 class _Product(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in ("x", "weight", "offsets", "shift", "scale", "bias", "row_scale", "residual", "out", "gain")),
-        *((name, _L) for name in ("images", "image_pitch", "rows", "pitch", "steps", "outputs", "line", "valid", "chunk")),
-        ("kind", _I),
+        *((name, _P) for name in ("factor", "offset", "x_gain")),
+        *((name, _L) for name in ("images", "rows", "pitch", "steps", "outputs", "line", "valid")),
+        *((name, _L) for name in ("height", "width", "top", "left", "reach", "chunk")),
+        *((name, _I) for name in ("x_kind", "x_silu")),
+        ("x_inverse", ctypes.c_float),
+        *((name, _I) for name in ("x_zero", "x_bits", "kind")),
         ("inverse", ctypes.c_float),
         *((name, _I) for name in ("zero", "bits", "flip", "threads")),
     ]
@@ -37,6 +43,16 @@ class Packed:
     row_sums: Tensor
     outputs: int
     terms: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a float input becomes codes: those of silu(x * factor + offset) * gain. factor, offset: float32 [B, C] of an image; gain: [K]."""
+
+    grid: Grid
+    affine: tuple[Tensor, Tensor] | None = None
+    silu: bool = False
+    gain: Tensor | None = None
 
 
 @cache
@@ -85,35 +101,40 @@ def tap_offsets(line: int, channels: int, kernel: tuple[int, int], dilation: tup
 
 def product(
     x: Tensor, zero_point: int, packed: Packed, scale: Tensor, bias: Tensor | None, out: Tensor, *, row_scale: Tensor | None = None,
-    residual: Tensor | None = None, gain: Tensor | None = None, grid: Any = None,
+    residual: Tensor | None = None, gain: Tensor | None = None, grid: Grid | None = None, source: Source | None = None,
 ) -> Tensor:  # fmt: skip
     """float(sum (x - z) w) * scale + bias (+ residual) into out [M, N], float32 or bfloat16; int32: the sums alone.
 
-    x: int8 [M, K]; scale, bias: float32 [N]; row_scale: [M], a factor of scale; residual: as out. With a grid (`producers.Grid`) the
-    weight is gated, and int8 or uint8 out [M, N / 2] takes the codes of value * gelu(gate) * gain.
+    x: int8 [M, K] or, with a source, float32 or bfloat16; scale, bias: float32 [N]; row_scale: [M], a factor of scale; residual: as out.
+    With a grid the weight is gated, and int8 or uint8 out [M, N / 2] takes the codes of value * gelu(gate) * gain.
     """
     rows = len(x)
     if rows < SIDE:
         spare = SIDE - rows
         x, own = F.pad(x, (0, 0, 0, spare)), None if row_scale is None else F.pad(row_scale.reshape(-1), (0, spare))
         made = out.new_empty((SIDE, out.shape[1]))
-        out.copy_(product(x, zero_point, packed, scale, bias, made, row_scale=own, gain=gain, grid=grid)[:rows])
+        out.copy_(product(x, zero_point, packed, scale, bias, made, row_scale=own, gain=gain, grid=grid, source=source)[:rows])
         return out if residual is None else out.add_(residual)
-    where = {"images": 1, "image_pitch": 0, "rows": rows, "pitch": packed.terms, "line": 0, "valid": 0}
-    _call(x, zero_point, packed, offsets(packed.terms // STEP), scale, bias, out, where, packed.terms, row_scale, residual, gain, grid)
-    return out
+    where = {"images": 1, "rows": rows, "pitch": packed.terms}
+    vectors = {"scale": scale, "bias": bias, "row_scale": row_scale, "residual": residual, "gain": gain}
+    return _call(x, zero_point, packed, offsets(packed.terms // STEP), out, where, vectors, grid, source)
 
 
 def convolution(
-    x: Tensor, zero_point: int, packed: Packed, kernel: tuple[int, int], dilation: tuple[int, int], scale: Tensor, bias: Tensor | None,
-    out: Tensor, *, row_scale: Tensor | None = None, residual: Tensor | None = None,
+    x: Tensor, zero_point: int, packed: Packed, kernel: tuple[int, int], dilation: tuple[int, int], border: tuple[int, int, int, int],
+    scale: Tensor, bias: Tensor | None, out: Tensor, *, row_scale: Tensor | None = None, residual: Tensor | None = None,
+    source: Source | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same of an image inside its border: x int8 [B, H, W, C], out [B, H', W', N] of stride 1; at least 32 rows (`rows_of`)."""
-    b, h, w, c = x.shape
-    rows = rows_of(h, w, kernel, dilation)
-    where = {"images": b, "image_pitch": h * w * c, "rows": rows, "pitch": c, "line": w, "valid": out.shape[2]}
-    _call(x, zero_point, packed, tap_offsets(w, c, kernel, dilation), scale, bias, out, where, c, row_scale, residual, None, None)
-    return out
+    """The same of an image: x [B, H, W, C], out [B, H', W', N] of stride 1, at least 32 rows (`rows_of`).
+
+    border: left, right, top, bottom.
+    """
+    (b, h, w, c), (left, right, top, bottom) = x.shape, border
+    line, reach = w + left + right, (kernel[0] - 1) * dilation[0]
+    where = {"images": b, "rows": rows_of(h + top + bottom, line, kernel, dilation), "pitch": c, "line": line, "valid": out.shape[2]}
+    where |= {"height": h, "width": w, "top": top, "left": left, "reach": reach}
+    vectors = {"scale": scale, "bias": bias, "row_scale": row_scale, "residual": residual}
+    return _call(x, zero_point, packed, tap_offsets(line, c, kernel, dilation), out, where, vectors, None, source)
 
 
 def rows_of(height: int, width: int, kernel: tuple[int, int], dilation: tuple[int, int]) -> int:
@@ -123,21 +144,25 @@ def rows_of(height: int, width: int, kernel: tuple[int, int], dilation: tuple[in
 
 
 def _call(
-    x: Tensor, zero_point: int, packed: Packed, steps: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, where: dict[str, int],
-    row_bytes: int, row_scale: Tensor | None, residual: Tensor | None, gain: Tensor | None, grid: Any,
-) -> None:  # fmt: skip
+    x: Tensor, zero_point: int, packed: Packed, steps: Tensor, out: Tensor, where: dict[str, int], vectors: dict[str, Tensor | None],
+    grid: Grid | None, source: Source | None,
+) -> Tensor:  # fmt: skip
     threads = torch.get_num_threads() if where["rows"] * where["images"] * packed.outputs * packed.terms > SMALLEST else 1
-    shift = packed.row_sums * zero_point
-    kept = CACHED if packed.outputs * packed.terms > 1 << 20 else FIRST_LEVEL
-    chunk = max(kept // row_bytes // SIDE * SIDE, SIDE)
-    end: dict[str, Any] = {"kind": _KINDS.get(out.dtype, _CODES)}
+    kept = CACHED if packed.outputs * packed.terms > 1 << 20 or "line" in where else FIRST_LEVEL
+    chunk = max(kept // where["pitch"] // SIDE * SIDE, SIDE)
+    numbers: dict[str, Any] = {"kind": _KINDS.get(out.dtype, _CODES), "x_kind": _SOURCES[x.dtype], "x_zero": zero_point}
+    pointers = vectors | {"x": x, "weight": packed.weight, "offsets": steps, "shift": packed.row_sums * zero_point, "out": out}
     if grid is not None:
-        end |= {"inverse": grid.inverse, "zero": grid.zero_point, "bits": grid.bits, "flip": 0x80 if out.dtype == torch.uint8 else 0}
-    pointers = {"x": x, "weight": packed.weight, "offsets": steps, "shift": shift, "scale": scale, "bias": bias}
-    pointers |= {"row_scale": row_scale, "residual": residual, "out": out, "gain": gain}
+        numbers |= {"inverse": grid.inverse, "zero": grid.zero_point, "bits": grid.bits, "flip": 0x80 if out.dtype == torch.uint8 else 0}
+    if source is not None:
+        numbers |= {"x_inverse": source.grid.inverse, "x_bits": source.grid.bits, "x_silu": source.silu}
+        pointers |= {"x_gain": source.gain}
+        if source.affine is not None:
+            pointers |= {"factor": source.affine[0], "offset": source.affine[1]}
     fields = {name: None if t is None else t.data_ptr() for name, t in pointers.items()}
-    call = _Product(**fields, **where, steps=len(steps), outputs=packed.outputs, chunk=chunk, threads=threads, **end)
+    call = _Product(**fields, **where, **numbers, steps=len(steps), outputs=packed.outputs, chunk=chunk, threads=threads)
     _function()(ctypes.byref(call))
+    return out
 
 
 @cache

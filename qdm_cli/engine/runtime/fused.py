@@ -7,7 +7,7 @@ not know: other devices, gradients, torch.compile (which fuses on its own), laye
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from diffusers.models.activations import GEGLU
@@ -77,10 +77,7 @@ class FusedTransformer2DModel(Transformer2DModel):
         if self.use_linear_projection or not _runs_here(hidden_states):
             return super()._get_output_for_continuous_inputs(hidden_states, residual, *where)
         x = hidden_states.reshape(where).permute(0, 3, 1, 2)
-        if not takes_codes(self.proj_out, x):
-            return self.proj_out(x).add_(residual)
-        codes = self.proj_out.codes_for(_scaled(self.proj_out, x), *self.proj_out._activation(x), self.proj_out.prepared)
-        return from_codes(self.proj_out, codes, x, residual)
+        return added(self.proj_out, x, residual)
 
 
 class FusedFeedForward(FeedForward):
@@ -181,9 +178,7 @@ def _attend(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | No
     q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in _projections(attn, norm, x, context))
     product = attention_op.attention if attention_op.why_not(q, k, v) is None else nn.functional.scaled_dot_product_attention
     y, last = product(q, k, v).transpose(1, 2).flatten(2), attn.to_out[0]
-    if not takes_codes(last, y):
-        return last(y).add_(x)
-    return from_codes(last, last.codes_for(_scaled(last, y), *last._activation(y), last.prepared), x, x)
+    return added(last, y, x)
 
 
 def _projections(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
@@ -234,8 +229,14 @@ def norm_then_layer(
     norm: nn.GroupNorm, conv: PackedConv2d, x: Tensor, activation: str, shift: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """conv(activation(norm(x + shift))) + residual: x [B, C, H, W] -> the dtype of x, channels_last. shift: [B, C] or None."""
-    scale, zero = conv._activation(x)
     gain, bits = conv._buffers["pre_scale"], cast(int, conv.spec.bits_a)
+    if _native(x, conv) and conv.prepared.strategy == "amx":
+        x = x.contiguous(memory_format=torch.channels_last)
+        affine = producers.group_affine(x, norm.num_groups, norm.weight, norm.bias, shift, norm.eps)
+        y = conv.through_tiles(x, conv.prepared, affine=affine, silu=activation == "silu", gain=gain, residual=residual)
+        if y is not None:
+            return y
+    scale, zero = conv._activation(x)
     where, unsigned = (norm.num_groups, norm.weight, norm.bias, gain, norm.eps, activation), conv.prepared.reads_unsigned
     codes = normalize_quantize(x, *where, scale, zero, None, bits, shift, unsigned=unsigned)
     return from_codes(conv, codes, x, residual)
@@ -255,6 +256,15 @@ def _codes(norm: nn.LayerNorm | None, layer: PackedLinear, x: Tensor, prepared: 
     return layer_norm.codes_of(x, norm.weight, norm.bias, [], gain, norm.eps, cast(Grid, layer.grid()), prepared.code_dtype)
 
 
+def added(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """layer(x) + residual, of the dtype of x, in one pass where tiles multiply."""
+    if takes_codes(layer, x) and layer.reuse is None and residual.dtype == x.dtype:
+        y = layer.through_tiles(x, layer.prepared, gain=layer._buffers["pre_scale"], residual=residual)
+        if y is not None:
+            return y
+    return layer(x).add_(residual)
+
+
 def from_codes(layer: PackedConv2d | PackedLinear, codes: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Output of a layer on codes of its own, in the dtype of x. residual: of its shape and dtype, added; None = nothing."""
     run: Any = conv2d_op.conv2d if isinstance(layer, PackedConv2d) else linear_op.linear
@@ -264,7 +274,7 @@ def from_codes(layer: PackedConv2d | PackedLinear, codes: Tensor, x: Tensor, res
     return y if residual is None or joins else y.add_(residual)
 
 
-def takes_codes(layer: nn.Module, x: Tensor) -> bool:
+def takes_codes(layer: nn.Module, x: Tensor) -> TypeGuard[PackedConv2d | PackedLinear]:
     """Does the layer run integers on an input of this size, with one scale and one zero point for all of it?"""
     if not isinstance(layer, PackedConv2d | PackedLinear) or layer.spec.act != "static" or not unhooked(layer):
         return False

@@ -26,6 +26,7 @@ from qdm_cli.engine.runtime.choice import BF16_PRODUCT, Case, Choice, Machine, M
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_cli.engine.runtime.reuse import PerPrompt, SharedInput
 from qdm_kernels.attention.op import why_not_cpu as why_not_bf16
+from qdm_kernels.conv2d_w8a8 import cpu as conv2d_cpu
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
 from qdm_kernels.conv2d_w8a8.cpu import pointwise
 from qdm_kernels.exact import subtract_zero_point, value_range
@@ -33,7 +34,7 @@ from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.layout import pack_weight, unpack_weight
 from qdm_kernels.linear_w8a8 import cpu as linear_cpu
 from qdm_kernels.linear_w8a8 import op as linear_op
-from qdm_kernels.native import tiles
+from qdm_kernels.native import producers, tiles
 from qdm_kernels.native.producers import Grid
 from qdm_kernels.quantize.cpu import quantize_for
 from qdm_kernels.quantize.op import quantize
@@ -272,6 +273,20 @@ class PackedLayer(nn.Module):
             self._grids[index] = Grid(float(cast(Tensor, scale)[at].reciprocal()), number, cast(int, self.spec.bits_a))
         return self._grids[index]
 
+    def through_tiles(
+        self, x: Tensor, prepared: Any, *, affine: tuple[Tensor, Tensor] | None = None, silu: bool = False, gain: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """Output + residual for silu(x * factor + offset) * gain, quantized on its way into AMX tiles, as x; None = not here."""
+        if prepared.backend != "cpu" or prepared.strategy != "amx" or torch.compiler.is_compiling() or not producers.takes(x):
+            return None
+        home: Any = conv2d_cpu if self.spec.kind == "conv2d" else linear_cpu
+        if (grid := self.grid()) is None or (home is conv2d_cpu and not conv2d_cpu.reads_floats(prepared.state, x)):
+            return None
+        scale = (prepared.scale * self._activation(x)[0]).flatten()
+        bias = None if prepared.bias is None else prepared.bias.flatten()
+        return home.from_floats(x, tiles.Source(grid, affine, silu, gain), scale, bias, prepared.state, residual)
+
     def codes_for(self, x: Tensor, scale: Tensor, zero_point: Tensor, prepared: Any) -> Tensor:
         """Codes of x for a weight prepared here: int8, or uint8 shifted by +128 where oneDNN reads them."""
         bits = cast(int, self.spec.bits_a)
@@ -426,6 +441,9 @@ class PackedLinear(PackedLayer):
         return None if self._gated.packed is None else self._gated
 
     def _product(self, x: Tensor, scale: Tensor, zero_point: Tensor, prepared: Any) -> Tensor:
+        with torch.no_grad():
+            if (y := self.through_tiles(x, prepared)) is not None:
+                return y
         codes = self.codes_for(x, scale, zero_point, prepared)
         return linear_op.linear(codes, scale, zero_point.reshape(()), prepared, out_dtype=_out_dtype(x))
 
@@ -464,6 +482,9 @@ class PackedConv2d(PackedLayer):
         return conv2d_op.prepare(codes, scale, zero_point, bias, stride=s.stride, padding=s.padding, dilation=s.dilation, groups=s.groups)
 
     def _integer_forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        with torch.no_grad():
+            if (y := self.through_tiles(x, self.prepared)) is not None:
+                return y
         codes = self.codes_for(x, scale, zero_point, self.prepared)
         return conv2d_op.conv2d(codes, scale, zero_point.reshape(()), self.prepared, out_dtype=_out_dtype(x))
 
