@@ -141,22 +141,36 @@ struct Grid {
   int flip;
 };
 
-inline void store_codes(int8_t* to, Floats v, const Grid& grid, int64_t count = kLanes) {
-  const float low = static_cast<float>(-(1 << (grid.bits - 1)) - grid.zero), high = static_cast<float>((1 << (grid.bits - 1)) - 1 - grid.zero);
-  v = v * grid.inverse;
-  v = v == v ? v : all(0.0f);
-  v = v < low ? all(low) : v;
-  v = v > high ? all(high) : v;
-  const Ints raw = (bits_of(v + 12582912.0f) + grid.zero) ^ grid.flip;
+// The same with its constants in registers: codes written meanwhile could otherwise be taken for changes of the grid.
+class Quantizer {
+ public:
+  explicit Quantizer(const Grid& grid)
+      : inverse_(all(grid.inverse)),
+        low_(all(static_cast<float>(-(1 << (grid.bits - 1)) - grid.zero))),
+        high_(all(static_cast<float>((1 << (grid.bits - 1)) - 1 - grid.zero))),
+        zero_(Ints{} + grid.zero),
+        flip_(Ints{} + grid.flip) {}
+
+  void store(int8_t* to, Floats v, int64_t count = kLanes) const {
+    v = v * inverse_;
+    v = v == v ? v : all(0.0f);
+    v = v < low_ ? low_ : v;
+    v = v > high_ ? high_ : v;
+    const Ints raw = (bits_of(v + 12582912.0f) + zero_) ^ flip_;
 #if defined(__AVX512F__)
-  const Bytes codes = reinterpret_cast<Bytes>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(raw)));
+    const Bytes codes = reinterpret_cast<Bytes>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(raw)));
 #else
-  const Bytes codes = __builtin_convertvector(raw, Bytes);
+    const Bytes codes = __builtin_convertvector(raw, Bytes);
 #endif
-  if (count >= kLanes)
-    std::memcpy(to, &codes, kLanes);
-  else
-    std::memcpy(to, &codes, count);
-}
+    if (count >= kLanes)
+      std::memcpy(to, &codes, kLanes);
+    else
+      std::memcpy(to, &codes, count);
+  }
+
+ private:
+  Floats inverse_, low_, high_;
+  Ints zero_, flip_;
+};
 
 }  // namespace qdm

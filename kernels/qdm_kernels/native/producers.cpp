@@ -107,16 +107,17 @@ void group_moments(const T* x, int64_t images, int64_t pixels, int64_t channels,
 template <typename T>
 void affine_codes(const T* x, int64_t images, int64_t pixels, int64_t channels, const float* factors, const float* offsets,
                   const float* gain, bool with_silu, int8_t* codes, Grid grid, int threads) {
+  const Quantizer out(grid);
 #pragma omp parallel for schedule(static) num_threads(threads) if (images * pixels * channels > kLeast)
   for (int64_t i = 0; i < images * pixels; ++i) {
     const float *factor = factors + i / pixels * channels, *offset = offsets + i / pixels * channels;
     const T* from = x + i * channels;
     int8_t* to = codes + i * channels;
-    sweep(channels, [=](int64_t c, int64_t k) QDM_INLINE {
+    sweep(channels, [=, &out](int64_t c, int64_t k) QDM_INLINE {
       Floats y = fma(load(from + c, k), load(factor + c, k), load(offset + c, k));
       y = with_silu ? silu(y) : y;
       y = gain ? y * load(gain + c, k) : y;
-      store_codes(to + c, y, grid, k);
+      out.store(to + c, y, k);
     });
   }
 }
@@ -125,7 +126,8 @@ void affine_codes(const T* x, int64_t images, int64_t pixels, int64_t channels, 
 template <typename Value>
 void finish_row(Value value, int64_t width, int8_t* codes, Grid grid, float* scale, float* scratch) {
   if (!scale) {
-    sweep(width, [=](int64_t c, int64_t k) QDM_INLINE { store_codes(codes + c, value(c, k), grid, k); });
+    const Quantizer out(grid);
+    sweep(width, [&](int64_t c, int64_t k) QDM_INLINE { out.store(codes + c, value(c, k), k); });
     return;
   }
   Floats top{};
@@ -141,7 +143,8 @@ void finish_row(Value value, int64_t width, int8_t* codes, Grid grid, float* sca
   for (int i = 0; i < kLanes; ++i) most = std::max(most, top[i]), nan |= strange[i] != 0;
   *scale = nan ? NAN : most <= kSmallestRow ? 1.0f : most / static_cast<float>((1 << (grid.bits - 1)) - 1);
   grid.inverse = 1.0f / *scale;
-  sweep(width, [=](int64_t c, int64_t k) QDM_INLINE { store_codes(codes + c, load(scratch + c, k), grid, k); });
+  const Quantizer out(grid);
+  sweep(width, [&](int64_t c, int64_t k) QDM_INLINE { out.store(codes + c, load(scratch + c, k), k); });
 }
 
 // Every row by `row(index, scratch)`, with scratch for one row of `width` floats where `own` says that rows have scales of their own.

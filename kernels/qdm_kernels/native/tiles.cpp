@@ -139,13 +139,18 @@ struct Columns {
 
 // One row of a block to memory; m: its place among the outputs. n: the first output of the panel as packed.
 template <int Kind>
-inline void finish(const QdmProduct& p, const int32_t* sums, const Columns* half, int64_t m, int64_t n, const Grid& grid) {
+inline void finish(const QdmProduct& p, const int32_t* sums, const Columns* half, int64_t m, int64_t n, const Quantizer& codes) {
   const float* own = p.row_scale ? p.row_scale + m : nullptr;
   if (Kind == 3) {
     const int64_t at = n / 2;
     Floats y = half[0].values(sums, own) * gelu(half[1].values(sums + kLanes, own));
     y = p.gain ? y * load(p.gain + at) : y;
-    store_codes(static_cast<int8_t*>(p.out) + m * (p.outputs / 2) + at, y, grid);
+    codes.store(static_cast<int8_t*>(p.out) + m * (p.outputs / 2) + at, y);
+    return;
+  }
+  if (Kind == 1 && !p.residual && half[1].mask == 0xffff) {  // a line of the cache at a time
+    const Floats low = half[0].values(sums, own), high = half[1].values(sums + kLanes, own);
+    _mm512_storeu_si512(static_cast<uint16_t*>(p.out) + m * p.outputs + n, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
     return;
   }
   for (int i = 0; i < 2; ++i) {
@@ -184,17 +189,21 @@ int8_t* scratch(int64_t bytes) {
 // Codes of `count` pixels or rows of x from value `at` on.
 template <typename T>
 void quantize(const QdmProduct& p, const T* x, int64_t image, int64_t count, int8_t* to) {
-  const Grid grid{p.x_inverse, p.x_zero, p.x_bits, 0};
+  const Quantizer out({p.x_inverse, p.x_zero, p.x_bits, 0});
   if (!p.factor && !p.x_gain && !p.x_silu) {
-    sweep(count * p.pitch, [=](int64_t c, int64_t k) __attribute__((always_inline)) { store_codes(to + c, load(x + c, k), grid, k); });
+    const int64_t end = count * p.pitch;  // a multiple of 64
+    for (int64_t c = 0; c < end; c += kLanes) out.store(to + c, load(x + c));
     return;
   }
   const float *factor = p.factor ? p.factor + image * p.pitch : nullptr, *offset = p.factor ? p.offset + image * p.pitch : nullptr;
-  for (int64_t i = 0; i < count; ++i, x += p.pitch, to += p.pitch)
-    for (int64_t c = 0; c < p.pitch; c += kLanes) {  // pitch is a multiple of 64
+  const float* gain = p.x_gain;
+  const bool with_silu = p.x_silu;
+  const int64_t width = p.pitch;
+  for (int64_t i = 0; i < count; ++i, x += width, to += width)
+    for (int64_t c = 0; c < width; c += kLanes) {
       Floats y = factor ? fma(load(x + c), load(factor + c), load(offset + c)) : load(x + c);
-      y = p.x_silu ? silu(y) : y;
-      store_codes(to + c, p.x_gain ? y * load(p.x_gain + c) : y, grid);
+      y = with_silu ? silu(y) : y;
+      out.store(to + c, gain ? y * load(gain + c) : y);
     }
 }
 
@@ -241,12 +250,13 @@ Codes codes_of(const QdmProduct& p, Range images, Range rows) {
 
 // Some rows of some images, for some panels: the weights of a panel pass by once.
 template <int Kind>
-void multiply_part(const QdmProduct& p, Range images, Range rows, Range panels) {
+void multiply_part(const QdmProduct& product, Range images, Range rows, Range panels) {
   alignas(64) int32_t sums[kSide * kSide];
-  const Grid grid{p.inverse, p.zero, p.bits, p.flip};
+  const Codes codes = codes_of(product, images, rows);
+  const QdmProduct p = product;  // of its own, so that no output can be taken for a change of it
+  const Quantizer coded({p.inverse, p.zero, p.kind == 3 ? p.bits : 8, p.flip});
   const int64_t lines = p.line ? (p.rows + p.line - 1) / p.line * p.valid : p.rows, panel_bytes = p.steps * 2 * kTile;
   const int64_t blocks = (images.to - images.from) * ((rows.to - rows.from + kSide - 1) / kSide), share = (2 * kTile / 64 + blocks - 1) / blocks;
-  const Codes codes = codes_of(p, images, rows);
   for (int64_t panel = panels.from; panel < panels.to; ++panel) {
     const int64_t n = panel * kSide;
     const Columns half[2] = {Columns(p, n), Columns(p, n + kLanes)};
@@ -260,7 +270,7 @@ void multiply_part(const QdmProduct& p, Range images, Range rows, Range panels) 
         int64_t column = p.line ? m % p.line : 0;
         int64_t out = image * lines + (p.line ? m / p.line * p.valid + std::min(column, p.valid) : m);
         for (int64_t r = m - start; r < std::min(kSide, rows.to - start); ++r) {
-          if (!p.line || column < p.valid) finish<Kind>(p, sums + r * kSide, half, out++, n, grid);
+          if (!p.line || column < p.valid) finish<Kind>(p, sums + r * kSide, half, out++, n, coded);
           if (p.line && ++column == p.line) column = 0;
         }
       }

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class _Product(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """A weight [N, K] in tiles. row_sums: int32 [N]; a gated one has its two halves interleaved, and so have its vectors."""
 
@@ -151,7 +152,7 @@ def _call(
     kept = CACHED if packed.outputs * packed.terms > 1 << 20 or "line" in where else FIRST_LEVEL
     chunk = max(kept // where["pitch"] // SIDE * SIDE, SIDE)
     numbers: dict[str, Any] = {"kind": _KINDS.get(out.dtype, _CODES), "x_kind": _SOURCES[x.dtype], "x_zero": zero_point}
-    pointers = vectors | {"x": x, "weight": packed.weight, "offsets": steps, "shift": packed.row_sums * zero_point, "out": out}
+    pointers = vectors | {"x": x, "weight": packed.weight, "offsets": steps, "shift": _shift(packed, zero_point), "out": out}
     if grid is not None:
         numbers |= {"inverse": grid.inverse, "zero": grid.zero_point, "bits": grid.bits, "flip": 0x80 if out.dtype == torch.uint8 else 0}
     if source is not None:
@@ -163,6 +164,17 @@ def _call(
     call = _Product(**fields, **where, **numbers, steps=len(steps), outputs=packed.outputs, chunk=chunk, threads=threads)
     _function()(ctypes.byref(call))
     return out
+
+
+def _shift(packed: Packed, zero_point: int) -> Tensor:
+    """What the sums are too large by, kept for as long as the weight is."""
+    kept = _shifts.setdefault(packed, {})
+    if zero_point not in kept:
+        kept[zero_point] = packed.row_sums * zero_point
+    return kept[zero_point]
+
+
+_shifts: WeakKeyDictionary[Packed, dict[int, Tensor]] = WeakKeyDictionary()
 
 
 @cache

@@ -65,6 +65,7 @@ class PackedLayer(nn.Module):
     _halves: tuple[Any, Any] | None
     _choices: dict[tuple[str, int], Choice]
     _grids: dict[int, Grid]
+    _scales: dict[tuple[int, Grid], tuple[Tensor, Tensor | None]]  # of outputs, and biases, by operand and grid
     _gated: Gated | None
 
     def __init__(self, spec: LayerSpec, *, device: str | torch.device = "meta"):
@@ -283,9 +284,10 @@ class PackedLayer(nn.Module):
         home: Any = conv2d_cpu if self.spec.kind == "conv2d" else linear_cpu
         if (grid := self.grid()) is None or (home is conv2d_cpu and not conv2d_cpu.reads_floats(prepared.state, x)):
             return None
-        scale = (prepared.scale * self._activation(x)[0]).flatten()
-        bias = None if prepared.bias is None else prepared.bias.flatten()
-        return home.from_floats(x, tiles.Source(grid, affine, silu, gain), scale, bias, prepared.state, residual)
+        if (key := (id(prepared), grid)) not in self._scales:
+            bias = None if prepared.bias is None else prepared.bias.flatten()
+            self._scales[key] = (prepared.scale * self._activation(x)[0]).flatten(), bias
+        return home.from_floats(x, tiles.Source(grid, affine, silu, gain), *self._scales[key], prepared.state, residual)
 
     def codes_for(self, x: Tensor, scale: Tensor, zero_point: Tensor, prepared: Any) -> Tensor:
         """Codes of x for a weight prepared here: int8, or uint8 shifted by +128 where oneDNN reads them."""
@@ -391,11 +393,11 @@ class PackedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own backend layout: oneDNN's packed tensors cannot be copied."""
         made_here = dict.fromkeys(("_prepared", "_row_sums", "_floats", "_plain", "_constant", "_form", "_halves", "_gated", "reuse"))
-        return {**self.__dict__, **made_here, "_choices": {}, "_grids": {}}
+        return {**self.__dict__, **made_here, "_choices": {}, "_grids": {}, "_scales": {}}
 
     def _forget_(self) -> None:
         self._prepared = self._row_sums = self._floats = self._plain = self._constant = self._form = self._halves = self._gated = None
-        self._choices, self._grids = {}, {}
+        self._choices, self._grids, self._scales = {}, {}, {}
         if self.reuse is not None:
             self.reuse.forget_()
 
