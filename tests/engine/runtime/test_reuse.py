@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qdm_cli.engine.models.tiny import tiny_denoiser
 from qdm_cli.engine.runtime.modules import pack_denoiser_, packed_from_state
 from qdm_cli.engine.runtime.reuse import share_inputs_
+from qdm_kernels.linear_w8a8 import cpu as linear_cpu
 from qdm_kernels.linear_w8a8 import op as linear_op
 
 
@@ -33,13 +34,18 @@ class Heads(nn.Module):
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Outputs of every integer product that runs."""
     seen: list[int] = []
-    real = linear_op.linear
+    real, direct = linear_op.linear, linear_cpu.from_floats
 
     def count(codes, scale, zero_point, prepared, **options):
         seen.append(prepared.out_features)
         return real(codes, scale, zero_point, prepared, **options)
 
+    def count_direct(x, source, scale, bias, state, residual=None):
+        seen.append(state.packed.outputs)
+        return direct(x, source, scale, bias, state, residual)
+
     monkeypatch.setattr(linear_op, "linear", count)
+    monkeypatch.setattr(linear_cpu, "from_floats", count_direct)
     return seen
 
 
