@@ -19,12 +19,16 @@ import torch
 
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_kernels import backend
+from qdm_kernels.native import tiles
 
 Mode = Literal["auto", "exact"]
 Range = tuple[int, int]
 # Multiply-adds below which integers do not pay: a layer costs 0.2 ms of calls, in which two AVX2 cores do 32 M in float32 and 64 M in int8.
 # One call of the builtin W4A4 model, 1, 4 and 16 images: 25, 47, 120 ms at 8 M; 20, 35, 90 ms at 64 M; fp32 18, 45, 115 ms.
 SMALL_PRODUCT = 64_000_000
+# The same where AMX multiplies. Builtin W4A4 model, one core of a Xeon, 1, 4, 16 images: 18, 30, 78 ms at 64 M and with large blocks fused
+# alone, 19, 28, 66 ms at 8 M and with those from 2,048 values on fused too; fp32 14, 34, 114 ms.
+SMALL_PRODUCT_TILED = 8_000_000
 BF16_PRODUCT = 8_000_000  # multiply-adds from which a float layer of an fp32 model is worth its casts, where bf16 is native
 FEW_ROWS, MANY_ROWS = 2, 4096  # rows that a GPU layer is chosen for: one per image, or tokens and pixels
 MODES: tuple[Mode, ...] = ("auto", "exact")
@@ -108,7 +112,7 @@ _CPU: tuple[Rule, ...] = (
     (lambda c: c.unsaturated is not None, lambda c: cast(str, c.unsaturated)),
     (lambda c: c.spec.groups > 1, "a grouped convolution gains nothing from integers"),
     (lambda c: c.spec.terms < 64, "fewer than 64 products per output: the quantization costs more than it saves"),
-    (lambda c: c.rows * c.spec.terms * c.spec.outputs < SMALL_PRODUCT, "a product too small to win back the calls around it"),
+    (lambda c: c.rows * c.spec.terms * c.spec.outputs < _small_product(), "a product too small to win back the calls around it"),
 )
 _NO_CUDA_KERNEL: tuple[Rule, ...] = (
     (lambda c: (c.machine.capability or (0, 0)) < backend.LEAST_CAPABILITY, lambda c: "integer kernels need compute capability 8.0"),
@@ -124,6 +128,10 @@ _CUDA: tuple[Rule, ...] = (
     (lambda c: c.spec.kind == "conv2d" and c.spec.inputs % 64 != 0, "the number of input channels is no multiple of 64"),
 )
 _FEW = "at most 16 rows: the product waits for its weights"
+
+
+def _small_product() -> int:
+    return min(SMALL_PRODUCT, SMALL_PRODUCT_TILED) if tiles.why_not() is None else SMALL_PRODUCT
 
 
 def choose(case: Case, mode: Mode) -> Choice:

@@ -33,6 +33,7 @@ from qdm_kernels.native.producers import Grid
 from qdm_kernels.quantize.op import quantize
 
 HIDDEN_BYTES = 2 << 20  # per thread, of the widest activation of a feed-forward: it then stays in the last-level cache
+LEAST_VALUES_TILED = 2_048  # of an image where AMX multiplies what native producers write (choice.SMALL_PRODUCT_TILED)
 LEAST_VALUES = 65_536  # of an image: blocks of the builtin model, 32,768 and fewer, took 136 ms for 16 images with them and 94 ms without
 
 
@@ -295,7 +296,8 @@ def unhooked(*modules: nn.Module) -> bool:
 
 
 def _runs_here(x: Tensor) -> bool:
-    if x.numel() < LEAST_VALUES * len(x):
+    least = min(LEAST_VALUES, LEAST_VALUES_TILED) if tiles.why_not() is None else LEAST_VALUES
+    if x.numel() < least * len(x):
         return False
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return False
