@@ -147,7 +147,9 @@ class DpConfig(RuleConfig):
     drift: Literal["output", "feature"] = "output"
     """Error to add up: of a partial call's output (more calls), or of the reused tensor (no extra calls; one cut for all segments)."""
     sensitivity: Literal["rollout", "analytic", "none"] = "rollout"
-    """Weight of an error at each step: measured on the last latent, derived from the noise schedule, or equal."""
+    """Weight of an error at each step: measured on the last latent, derived from the noise schedule, or equal. The first two keep each
+    image nearest to its uncached form; equal weights keep the distribution of images, since an early error leads to another image that is
+    as good and a late one stays visible."""
     rollouts: int = Field(10, ge=2)
     """Steps at which `rollout` measures; between them it interpolates."""
     max_interval: int = Field(10, ge=1)
