@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from producers import check_codes, gelu
 from torch import Tensor
 
+from qdm_kernels.conv2d_w8a8 import cpu as conv2d_cpu
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
 from qdm_kernels.linear_w8a8 import op as linear_op
+from qdm_kernels.native import producers as producers_native
 from qdm_kernels.native import tiles
 from qdm_kernels.native.producers import Grid
+from qdm_kernels.quantize import reference
 
 pytestmark = pytest.mark.skipif(tiles.why_not() is not None, reason=str(tiles.why_not()))
 SHAPES = [(1, 64, 1), (31, 128, 33), (32, 64, 32), (33, 320, 96), (65, 192, 320), (257, 1280, 48), (0, 64, 8)]
@@ -78,6 +81,10 @@ CONVOLUTIONS = [
     ((2, 64, 8, 6), (24, 3, 3), {"padding": (0, 0), "padding_end": (1, 1), "stride": (2, 2)}),
     ((2, 64, 7, 7), (24, 3, 3), {"padding": (0, 1), "padding_end": (2, 0)}),
     ((1, 64, 3, 3), (8, 3, 3), {"padding": (1, 1)}),
+    ((2, 64, 20, 18), (24, 3, 3), {"padding": (1, 1), "stride": (2, 2)}),
+    ((1, 64, 33, 131), (40, 3, 3), {"padding": (0, 0), "padding_end": (1, 1), "stride": (2, 2)}),
+    ((2, 128, 25, 30), (16, 5, 3), {"padding": (2, 1), "stride": (3, 3)}),
+    ((2, 64, 17, 30), (16, 1, 1), {"stride": (2, 2)}),
     ((2, 192, 6, 5), (50, 1, 1), {}),
     ((0, 64, 8, 8), (8, 3, 3), {"padding": (1, 1)}),
 ]
@@ -123,3 +130,33 @@ def test_onednn_finds_its_tiles_again(draw) -> None:
     for _ in range(3):
         tiles.product(x, 1, tiles.pack(w), scale, bias, torch.empty(70, 48))
         assert torch.equal(F.linear(a, b), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [3, 70, 300])
+def test_floats_become_the_codes_of_the_contract(draw, m: int, dtype: torch.dtype) -> None:
+    """A layer on floats has the bits of the layer on their codes."""
+    x, w, (scale, bias) = (3 * torch.randn(m, 128)).to(dtype), draw((40, 128)), vectors(40)
+    x[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    packed, step = tiles.pack(w), torch.tensor(0.04)
+    grid, codes = Grid(float(step.reciprocal()), -11), reference.quantize(x, step, torch.tensor(-11), 8)
+    want = tiles.product(codes, -11, packed, scale, bias, torch.empty(m, 40))
+    assert torch.equal(tiles.product(x, -11, packed, scale, bias, torch.empty(m, 40), source=tiles.Source(grid)), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_norm_on_the_way_writes_the_codes_of_the_producer(draw, kernel: int, stride: int, dtype: torch.dtype) -> None:
+    x = (2 * torch.randn(3, 64, 18, 15) + 1).to(dtype).contiguous(memory_format=torch.channels_last)
+    w, (scale, bias), gain = draw((24, 64, kernel, kernel)), vectors(24), 2 ** torch.randn(64)
+    pad = (kernel // 2, kernel // 2)
+    layer = conv2d_op.prepare(w, scale, torch.zeros(24, dtype=torch.int32), bias, stride=(stride, stride), padding=pad, backend="cpu")
+    grid, affine = Grid(1 / 0.05, 9), producers_native.group_affine(x, 8, None, None, None, 1e-5)
+    codes = torch.empty_like(x, dtype=torch.int8)
+    producers_native.affine_codes(x, affine, gain, True, codes, grid)
+    want = conv2d_op.conv2d(codes, torch.tensor(1.0), torch.tensor(9), layer, out_dtype=dtype)
+    assert conv2d_cpu.reads_floats(layer.state, x)
+    got = conv2d_cpu.from_floats(x, tiles.Source(grid, affine, True, gain), scale, bias, layer.state)
+    assert got.dtype == dtype
+    assert torch.equal(got, want)

@@ -206,7 +206,8 @@ def from_floats(
 
 def _is_one_matrix_per_tap(state: Tiled, height: int, width: int) -> bool:
     """Is the layer a sum of products with the rows of an image that is so large with its border?"""
-    return state.geometry.stride == (1, 1) and tiles.rows_of(height, width, state.kernel, state.geometry.dilation) >= tiles.SIDE
+    g = state.geometry
+    return g.stride[0] == g.stride[1] and tiles.rows_of(height, width, state.kernel, g.stride[0], g.dilation) >= tiles.SIDE
 
 
 def _conv_tiled(
@@ -223,7 +224,7 @@ def _conv_tiled(
     tap = not g.is_pointwise(kernel) and _is_one_matrix_per_tap(state, x.shape[2] + top + bottom, x.shape[3] + left + right)
     if tap or (source is not None and source.affine is not None):
         image, end = x.permute(0, 2, 3, 1).contiguous(), {"row_scale": own, "residual": added, "source": source}
-        tiles.convolution(image, z, state.packed, kernel, g.dilation, g.border, scale, bias, out, **end)
+        tiles.convolution(image, z, state.packed, kernel, g.stride[0], g.dilation, g.border, scale, bias, out, **end)
         return out.permute(0, 3, 1, 2)
     rows = _windows(x, torch.tensor(z), state)
     flat = None if added is None else added.reshape(-1, added.shape[3])

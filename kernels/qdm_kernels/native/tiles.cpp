@@ -1,5 +1,5 @@
-// Products of int8 codes in the tiles of AMX, exact in int32 (kernels/README.md: Tiled products). Linear layers, and convolutions of stride 1
-// over an image inside its border: there every tap is the same matrix, moved by some pixels.
+// Products of int8 codes in the tiles of AMX, exact in int32 (kernels/README.md: Strategies). Linear layers, and convolutions over an image
+// inside its border: there every tap is the same matrix, moved by some pixels.
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -10,7 +10,7 @@
 extern "C" {
 
 struct QdmProduct {
-  const void* x;               // codes, or floats to quantize: [images][rows][pitch], or [images][height][width][pitch] without border
+  const void* x;               // codes, or floats to quantize: [images][rows][channels], or [images][height][width][channels]
   const int8_t* weight;        // [panels][steps][2][16][64]: `pack` in tiles.py
   const int64_t* offsets;      // [steps]
   const int32_t* shift;        // [N], taken off the sums: zero point times the sum of the weights
@@ -20,12 +20,13 @@ struct QdmProduct {
   const void* residual;        // added last, as `out`, or null
   void* out;                   // [images][rows][N], or codes [rows][N / 2]
   const float* gain;           // of gated codes, [N / 2] or null
-  const float* factor;         // y = x * factor + offset is quantized, [images][pitch] both; null = x is
+  const float* factor;         // y = x * factor + offset is quantized, [images][channels] both; null = x is
   const float* offset;
-  const float* x_gain;         // [pitch], of what is quantized, last; null = 1
+  const float* x_gain;         // [channels], of what is quantized, last; null = 1
   int64_t images;              // one for a linear layer
   int64_t rows, pitch, steps, outputs;  // the 64 bytes of step s of row m lie at codes + m * pitch + offsets[s]
-  int64_t line, valid;         // rows of a line inside the border, of which the first `valid` are outputs; 0 = no image
+  int64_t channels, stride;    // codes of a pixel or row of x; pitch is so many pixels, and a line of outputs so many lines
+  int64_t line, valid;         // pixels of a line inside the border; of so many rows the first `valid` are outputs; 0 = no image
   int64_t height, width, top, left, reach;  // of the image, its border, and how many lines below its own an output reads
   int64_t chunk;               // rows whose codes stay in the cache while the weights pass by
   int32_t x_kind, x_silu;      // 0 int8 codes, 1 float32, 2 bfloat16; silu(y) is quantized
@@ -191,14 +192,14 @@ template <typename T>
 void quantize(const QdmProduct& p, const T* x, int64_t image, int64_t count, int8_t* to) {
   const Quantizer out({p.x_inverse, p.x_zero, p.x_bits, 0});
   if (!p.factor && !p.x_gain && !p.x_silu) {
-    const int64_t end = count * p.pitch;  // a multiple of 64
+    const int64_t end = count * p.channels;  // a multiple of 64
     for (int64_t c = 0; c < end; c += kLanes) out.store(to + c, load(x + c));
     return;
   }
-  const float *factor = p.factor ? p.factor + image * p.pitch : nullptr, *offset = p.factor ? p.offset + image * p.pitch : nullptr;
+  const int64_t width = p.channels;
+  const float *factor = p.factor ? p.factor + image * width : nullptr, *offset = p.factor ? p.offset + image * width : nullptr;
   const float* gain = p.x_gain;
   const bool with_silu = p.x_silu;
-  const int64_t width = p.pitch;
   for (int64_t i = 0; i < count; ++i, x += width, to += width)
     for (int64_t c = 0; c < width; c += kLanes) {
       Floats y = factor ? fma(load(x + c), load(factor + c), load(offset + c)) : load(x + c);
@@ -208,9 +209,9 @@ void quantize(const QdmProduct& p, const T* x, int64_t image, int64_t count, int
 }
 
 void bring(const QdmProduct& p, int64_t image, int64_t at, int64_t count, int8_t* to) {
-  const int64_t first = (image * (p.line ? p.height * p.width : p.rows) + at) * p.pitch;
+  const int64_t first = (image * (p.line ? p.height * p.width : p.rows) + at) * p.channels;
   if (p.x_kind == 0)
-    std::memcpy(to, static_cast<const int8_t*>(p.x) + first, count * p.pitch);
+    std::memcpy(to, static_cast<const int8_t*>(p.x) + first, count * p.channels);
   else if (p.x_kind == 1)
     quantize(p, static_cast<const float*>(p.x) + first, image, count, to);
   else
@@ -231,8 +232,10 @@ Codes codes_of(const QdmProduct& p, Range images, Range rows) {
     bring(p, images.from, from, rows.to - from, to);
     return {to - from * p.pitch, 0};
   }
-  const int64_t first = from / p.line, count = (rows.to - 1) / p.line + p.reach + 1 - first, bytes = p.line * p.pitch;
-  int8_t* const base = scratch(((images.to - images.from) * count + 1) * bytes);  // a line more: what is dropped may read past the last
+  const int64_t first = from / p.line * p.stride, count = (rows.to - 1) / p.line * p.stride + p.reach + 1 - first;
+  const int64_t bytes = p.line * p.channels, left = p.left * p.channels, right = bytes - left - p.width * p.channels;
+  // some lines more: rows that are dropped read past the last
+  int8_t* const base = scratch(((images.to - images.from) * count + p.stride) * bytes);
   int8_t* to = base;
   for (int64_t image = images.from; image < images.to; ++image)
     for (int64_t line = first; line < first + count; ++line, to += bytes) {
@@ -241,9 +244,9 @@ Codes codes_of(const QdmProduct& p, Range images, Range rows) {
         std::memset(to, p.x_zero, bytes);
         continue;
       }
-      std::memset(to, p.x_zero, p.left * p.pitch);
-      bring(p, image, y * p.width, p.width, to + p.left * p.pitch);
-      std::memset(to + (p.left + p.width) * p.pitch, p.x_zero, (p.line - p.left - p.width) * p.pitch);
+      std::memset(to, p.x_zero, left);
+      bring(p, image, y * p.width, p.width, to + left);
+      std::memset(to + bytes - right, p.x_zero, right);
     }
   return {base - first * bytes, count * bytes};
 }
@@ -265,6 +268,7 @@ void multiply_part(const QdmProduct& product, Range images, Range rows, Range pa
     for (int64_t image = images.from; image < images.to; ++image)
       for (int64_t m = rows.from; m < rows.to; m += kSide) {
         const int64_t start = std::min(m, p.rows - kSide);  // the last block begins early, and leaves what is done alone
+        if (p.line && m % p.line >= p.valid && m % p.line + kSide <= p.line && start == m) continue;  // nothing but what is dropped
         multiply(p, codes.at + (image - images.from) * codes.image_pitch + start * p.pitch, weight, sums, ahead);
         ahead.at += ahead.lines * p.steps * 64;
         int64_t column = p.line ? m % p.line : 0;

@@ -26,7 +26,7 @@ class _Product(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in ("x", "weight", "offsets", "shift", "scale", "bias", "row_scale", "residual", "out", "gain")),
         *((name, _P) for name in ("factor", "offset", "x_gain")),
-        *((name, _L) for name in ("images", "rows", "pitch", "steps", "outputs", "line", "valid")),
+        *((name, _L) for name in ("images", "rows", "pitch", "steps", "outputs", "channels", "stride", "line", "valid")),
         *((name, _L) for name in ("height", "width", "top", "left", "reach", "chunk")),
         *((name, _I) for name in ("x_kind", "x_silu")),
         ("x_inverse", ctypes.c_float),
@@ -116,32 +116,32 @@ def product(
         made = out.new_empty((SIDE, out.shape[1]))
         out.copy_(product(x, zero_point, packed, scale, bias, made, row_scale=own, gain=gain, grid=grid, source=source)[:rows])
         return out if residual is None else out.add_(residual)
-    where = {"images": 1, "rows": rows, "pitch": packed.terms}
+    where = {"images": 1, "rows": rows, "pitch": packed.terms, "channels": packed.terms}
     vectors = {"scale": scale, "bias": bias, "row_scale": row_scale, "residual": residual, "gain": gain}
     return _call(x, zero_point, packed, offsets(packed.terms // STEP), out, where, vectors, grid, source)
 
 
 def convolution(
-    x: Tensor, zero_point: int, packed: Packed, kernel: tuple[int, int], dilation: tuple[int, int], border: tuple[int, int, int, int],
-    scale: Tensor, bias: Tensor | None, out: Tensor, *, row_scale: Tensor | None = None, residual: Tensor | None = None,
-    source: Source | None = None,
+    x: Tensor, zero_point: int, packed: Packed, kernel: tuple[int, int], stride: int, dilation: tuple[int, int],
+    border: tuple[int, int, int, int], scale: Tensor, bias: Tensor | None, out: Tensor, *, row_scale: Tensor | None = None,
+    residual: Tensor | None = None, source: Source | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same of an image: x [B, H, W, C], out [B, H', W', N] of stride 1, at least 32 rows (`rows_of`).
+    """The same of an image: x [B, H, W, C], out [B, H', W', N]; at least 32 rows (`rows_of`).
 
     border: left, right, top, bottom.
     """
     (b, h, w, c), (left, right, top, bottom) = x.shape, border
     line, reach = w + left + right, (kernel[0] - 1) * dilation[0]
-    where = {"images": b, "rows": rows_of(h + top + bottom, line, kernel, dilation), "pitch": c, "line": line, "valid": out.shape[2]}
-    where |= {"height": h, "width": w, "top": top, "left": left, "reach": reach}
+    where = {"images": b, "rows": rows_of(h + top + bottom, line, kernel, stride, dilation), "line": line, "valid": out.shape[2]}
+    where |= {"pitch": stride * c, "channels": c, "stride": stride, "height": h, "width": w, "top": top, "left": left, "reach": reach}
     vectors = {"scale": scale, "bias": bias, "row_scale": row_scale, "residual": residual}
     return _call(x, zero_point, packed, tap_offsets(line, c, kernel, dilation), out, where, vectors, None, source)
 
 
-def rows_of(height: int, width: int, kernel: tuple[int, int], dilation: tuple[int, int]) -> int:
+def rows_of(height: int, width: int, kernel: tuple[int, int], stride: int, dilation: tuple[int, int]) -> int:
     """Rows of the product of an image inside its border: from its first output to its last, with what lies between lines."""
-    lost_h, lost_w = (kernel[0] - 1) * dilation[0], (kernel[1] - 1) * dilation[1]
-    return (height - lost_h - 1) * width + width - lost_w
+    last_h, last_w = ((side - (k - 1) * d - 1) // stride for side, k, d in zip((height, width), kernel, dilation, strict=True))
+    return last_h * width + last_w + 1
 
 
 def _call(
