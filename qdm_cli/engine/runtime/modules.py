@@ -65,7 +65,7 @@ class PackedLayer(nn.Module):
     _halves: tuple[Any, Any] | None
     _choices: dict[tuple[str, int], Choice]
     _grids: dict[int, Grid]
-    _scales: dict[tuple[int, Grid], tuple[Tensor, Tensor | None]]  # of outputs, and biases, by operand and grid
+    _scales: dict[tuple[int, Grid], tuple[Any, Tensor, Tensor | None]]  # operand, scale of outputs, bias, by the operand's id and grid
     _gated: Gated | None
 
     def __init__(self, spec: LayerSpec, *, device: str | torch.device = "meta"):
@@ -286,8 +286,8 @@ class PackedLayer(nn.Module):
             return None
         if (key := (id(prepared), grid)) not in self._scales:
             bias = None if prepared.bias is None else prepared.bias.flatten()
-            self._scales[key] = (prepared.scale * self._activation(x)[0]).flatten(), bias
-        return home.from_floats(x, tiles.Source(grid, affine, silu, gain), *self._scales[key], prepared.state, residual)
+            self._scales[key] = prepared, (prepared.scale * self._activation(x)[0]).flatten(), bias
+        return home.from_floats(x, tiles.Source(grid, affine, silu, gain), *self._scales[key][1:], prepared.state, residual)
 
     def codes_for(self, x: Tensor, scale: Tensor, zero_point: Tensor, prepared: Any) -> Tensor:
         """Codes of x for a weight prepared here: int8, or uint8 shifted by +128 where oneDNN reads them."""
