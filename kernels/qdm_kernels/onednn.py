@@ -7,6 +7,7 @@ the packed weight does not depend on the one given to `qconv_prepack` (tested), 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qdm_kernels.geometry import Conv2dGeometry
@@ -36,11 +37,18 @@ def conv2d(
     x: Tensor, zero_point: int, packed: Tensor, scale: Tensor, zeros: Tensor, geometry: Conv2dGeometry, *, bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """Integer convolution: x [B, I, H, W] uint8 -> [B, O, H', W'], both channels_last. Padding is real 0, the code zero_point."""
+    """Integer convolution: x [B, I, H, W] uint8 -> [B, O, H', W'], both channels_last. Padding is real 0, the code zero_point.
+
+    Kernels of more than one pixel get outputs one pixel wide wrong on CPUs with VNNI (oneDNN 3.12): those are computed two wide.
+    """
     g = geometry
     where: Sequence[list[int] | int] = ([*g.stride], [*g.padding], [*g.dilation], g.groups)
+    narrow = g.output_size((x.shape[2], x.shape[3]), (packed.shape[2], packed.shape[3]))[1] == 1
+    if narrow:
+        x = F.pad(x, (0, g.stride[1]), value=zero_point).contiguous(memory_format=torch.channels_last)
     args = (x, 1.0, zero_point, packed, scale, zeros, bias, *where, 1.0, 0, out_dtype, "none", [], "")
-    return torch.ops.onednn.qconv2d_pointwise(*args)
+    y = torch.ops.onednn.qconv2d_pointwise(*args)
+    return y[..., :1].contiguous(memory_format=torch.channels_last) if narrow else y
 
 
 def to_unsigned(codes: Tensor) -> Tensor:
