@@ -27,6 +27,7 @@ constexpr int kPanel = 512;          // values of a panel
 constexpr int kRows = 32;            // queries of one product
 constexpr int kQueries = 64;         // of one task: keys are brought into the cache once for all of them
 constexpr int kKeys = 64;            // of one product: the scores of 32 queries take 8 KiB of the first-level cache
+constexpr int64_t kPacked = 8 << 20;  // bytes of packed keys and values, unless all threads need more
 constexpr int kSampled = 128;        // keys whose mean is subtracted from all
 constexpr float kSafe = 60.0f;       // scores in powers of two that need no maximum subtracted: sums stay far from the ends of float32
 
@@ -399,7 +400,8 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
   const Sizes sizes(s);
   const int64_t all = s.batch * s.heads, tasks = up(s.queries, kQueries);
   if (all * tasks == 0) return 0;
-  const int64_t group = std::min(all, up(4 * threads, tasks));  // heads whose keys lie packed at once: enough tasks for all threads
+  // heads whose keys lie packed at once: threads wait for each other twice a group, and a busy machine makes them wait for long
+  const int64_t fitting = kPacked / (2 * (sizes.keys() + sizes.values())), group = std::min(all, std::max(fitting, up(4 * threads, tasks)));
   const auto keys = room<half>(group * sizes.keys()), values = room<half>(group * sizes.values());
   const auto norms = room<float>(group * sizes.blocks);
   int failed = !(keys && values && norms);
