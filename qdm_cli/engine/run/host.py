@@ -110,16 +110,20 @@ def environment(device: str) -> dict[str, str | None]:
 
 @cache
 def git_commit() -> str | None:
-    """Commit of the checkout that qdm runs from; None = installed from a wheel."""
+    """Commit of the checkout, or of the worktree, that qdm runs from; None = installed from a wheel."""
     git = Path(__file__).resolve().parents[3] / ".git"
     with suppress(OSError):
+        shared = git
+        if git.is_file():  # of a worktree: where its HEAD is, and from there where the branches are
+            git = Path(git.read_text().removeprefix("gitdir: ").strip())
+            shared = git / (git / "commondir").read_text().strip()
         head = (git / "HEAD").read_text().strip()
         if not head.startswith("ref: "):
             return head
         name = head.removeprefix("ref: ")
-        if (git / name).is_file():
-            return (git / name).read_text().strip()
-        for line in (git / "packed-refs").read_text().splitlines():
+        if (shared / name).is_file():
+            return (shared / name).read_text().strip()
+        for line in (shared / "packed-refs").read_text().splitlines():
             if line.endswith(" " + name):
                 return line.split()[0]
     return None
