@@ -4,9 +4,9 @@
     python kernels/bench/openvino_unet.py quantize  # minutes: the int8 model, into --work
     python kernels/bench/openvino_unet.py time --threads 2 --rounds 3
 
-Random weights serve speed and arithmetic only. NNCF calibrates on the one input that is timed, by its ranges alone: with its defaults for
-transformers, SmoothQuant and fast bias correction, the error of this model was 1.15, without them 0.08. qdm's ranges are those of the same
-input. Errors are relative to the fp32 output.
+Random weights serve speed and arithmetic only. NNCF calibrates on the one input that is timed, by its ranges alone: fast bias correction,
+its default, sends this model's error to 1.15; without it the error is 0.079 with SmoothQuant, 0.082 with neither, and neither has fewer
+operations. qdm's ranges are those of the same input. Errors are relative to the fp32 output.
 """
 
 from __future__ import annotations
