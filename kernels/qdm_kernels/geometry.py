@@ -35,6 +35,12 @@ class Conv2dGeometry:
         (top, left), (bottom, right) = self.padding, self.padding_end or self.padding
         return left, right, top, bottom
 
+    def has_windows_of_padding(self, kernel: Pair) -> bool:
+        """May an output see no pixel of the input, in an image of some size? oneDNN 3.12 then reads memory that is not its own."""
+        left, right, top, bottom = self.border
+        sides = ((max(top, bottom), kernel[0], self.dilation[0]), (max(left, right), kernel[1], self.dilation[1]))
+        return any(pad >= d * (k - 1) + 1 or (pad > 0 and k > 1 and d > 1) for pad, k, d in sides)
+
     def unpadded(self) -> "Conv2dGeometry":
         """The same convolution for an input that already carries its border."""
         return replace(self, padding=(0, 0), padding_end=(0, 0))

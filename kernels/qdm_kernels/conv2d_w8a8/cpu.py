@@ -129,7 +129,7 @@ def _prepare_int8(weight: Tensor, centre: Tensor | None, geometry: Conv2dGeometr
     slices = split_exact(l1_by_input(weight.to(torch.int16)), 255)
     by_bias = centre is None and len(slices) == 1 and _zero_point_is_slow()
     row_sums = weight.flatten(1).sum(1).to(torch.int32) if by_bias else None
-    bordered = by_bias or not geometry.symmetric
+    bordered = by_bias or not geometry.symmetric or geometry.has_windows_of_padding((weight.shape[2], weight.shape[3]))
     packed = onednn.pack_conv2d(weight, geometry.unpadded() if bordered else geometry)
     ones, zeros = torch.ones(filters), torch.zeros(filters, dtype=torch.int64)
     return Int8(packed, centre, ones, zeros, slices, geometry, row_sums, bordered)
