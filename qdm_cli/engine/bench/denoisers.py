@@ -21,7 +21,8 @@ from qdm_cli.engine.quant.config import ActivationPolicy, QuantizeSpec, WeightPo
 from qdm_cli.engine.quant.grid import IntGrid, QParams, choose_qparams
 from qdm_cli.engine.quant.rules import resolve
 from qdm_cli.engine.quant.state import LayerDecision, LayerState, QuantState
-from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_
+from qdm_cli.engine.runtime.modules import pack_denoiser_
+from qdm_cli.engine.runtime.packed import PackedLayer
 
 Say = Callable[[str], None]
 MEMORY_FACTOR = 2.7  # float model, its packed copy, and layers of it that run in floating point

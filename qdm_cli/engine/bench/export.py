@@ -18,7 +18,7 @@ from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.evaluation.cost import peak_memory, resident_bytes
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
 from qdm_cli.engine.runtime.loading import open_pipeline
-from qdm_cli.engine.runtime.modules import PackedLayer
+from qdm_cli.engine.runtime.packed import PackedLayer
 
 
 @torch.no_grad()

@@ -29,7 +29,8 @@ from qdm_cli.engine.runtime.choice import Choice
 from qdm_cli.engine.runtime.gpu import Form
 from qdm_cli.engine.runtime.gpu_blocks import fuse_gpu_blocks_
 from qdm_cli.engine.runtime.graphs import Graphs, why_not
-from qdm_cli.engine.runtime.modules import PackedLayer, packed_from_state
+from qdm_cli.engine.runtime.modules import packed_from_state
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.tune import tune_
 
 Say = Callable[[str], None]

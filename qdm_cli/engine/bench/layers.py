@@ -16,7 +16,8 @@ from qdm_cli.engine.bench.shapes import LayerShape
 from qdm_cli.engine.bench.timing import buffer_count, time_calls
 from qdm_cli.engine.runtime.choice import Choice
 from qdm_cli.engine.runtime.layer import LayerSpec
-from qdm_cli.engine.runtime.modules import PackedConv2d, PackedLayer, PackedLinear, packed_from_spec
+from qdm_cli.engine.runtime.modules import PackedConv2d, PackedLinear, packed_from_spec
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
 from qdm_kernels.layout import pack_weight
 from qdm_kernels.linear_w8a8 import op as linear_op

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from qdm_cli.engine.quant.attention import CHILD
 from qdm_cli.engine.runtime.attention import plain_processor
-from qdm_cli.engine.runtime.modules import Gated, PackedConv2d, PackedLayer, PackedLinear
+from qdm_cli.engine.runtime.modules import Gated, PackedConv2d, PackedLinear
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import SharedInput
 from qdm_kernels.attention import op as attention_op
 from qdm_kernels.blocks import slices

@@ -23,7 +23,7 @@ from qdm_kernels.linear_w8a16 import op as linear_w8a16
 from qdm_kernels.quantize.op import quantize, quantize_per_token
 
 if TYPE_CHECKING:
-    from qdm_cli.engine.runtime.modules import PackedLayer
+    from qdm_cli.engine.runtime.packed import PackedLayer
 
 FEW_ROW_ROLES = ("time_embedding", "time_projection", "class_embedding", "modulation")  # one row per image
 _OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)

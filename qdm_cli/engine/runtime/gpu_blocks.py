@@ -23,7 +23,8 @@ from qdm_cli.engine.runtime import gpu
 from qdm_cli.engine.runtime import gpu_fused as fused
 from qdm_cli.engine.runtime.attention import plain_processor
 from qdm_cli.engine.runtime.fused import FusedBasicTransformerBlock, FusedResnetBlock2D, FusedTransformer2DModel, unhooked
-from qdm_cli.engine.runtime.modules import PackedLayer, PackedLinear
+from qdm_cli.engine.runtime.modules import PackedLinear
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import SharedInput, same_codes
 
 _HALF_MAX = 65504

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdm_cli.engine.runtime import gpu
-from qdm_cli.engine.runtime.modules import PackedLayer
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import SharedInput
 from qdm_kernels.gelu_quantize.op import gelu_quantize
 from qdm_kernels.group_norm_quantize.op import group_norm_quantize

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.runtime import gpu
-from qdm_cli.engine.runtime.modules import PackedLayer
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import Kept, PerPrompt
 
 LIMIT = 4

@@ -44,7 +44,7 @@ def open_pipeline(
     from qdm_cli.engine.models.denoiser import find_denoiser
     from qdm_cli.engine.quant.scale_set import read_scales
     from qdm_cli.engine.runtime.choice import default_mode
-    from qdm_cli.engine.runtime.modules import PackedLayer
+    from qdm_cli.engine.runtime.packed import PackedLayer
     from qdm_cli.engine.runtime.scales import apply_scales_
     from qdm_cli.engine.runtime.tune import tune_
 

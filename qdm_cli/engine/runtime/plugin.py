@@ -21,7 +21,8 @@ from qdm_cli.engine.quant.state import AttentionDecision
 from qdm_cli.engine.quant.state_apply import replace_
 from qdm_cli.engine.runtime.choice import default_mode
 from qdm_cli.engine.runtime.layer import LayerSpec
-from qdm_cli.engine.runtime.modules import PackedLayer, packed_from_spec
+from qdm_cli.engine.runtime.modules import packed_from_spec
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.scales import empty_rows, wrap_
 from qdm_cli.engine.runtime.tune import tune_
 

@@ -15,7 +15,7 @@ from qdm_cli.engine.quant.scale_function import along_channels
 from qdm_cli.engine.quant.scale_rows import TABLES, ScaleRows, Widths
 from qdm_cli.engine.quant.scale_set import ScaleSet, check_base, codes_digest
 from qdm_cli.engine.quant.state_apply import replace_
-from qdm_cli.engine.runtime.modules import PackedLayer
+from qdm_cli.engine.runtime.packed import PackedLayer
 
 
 class ScaledPacked(nn.Module):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qdm_cli.engine.runtime.layer import PARTS, LayerSpec
-from qdm_cli.engine.runtime.modules import PackedLayer, packed_from_spec
+from qdm_cli.engine.runtime.modules import packed_from_spec
+from qdm_cli.engine.runtime.packed import PackedLayer
 
 if TYPE_CHECKING:
     from qdm_cli.engine.diffusion.step_context import StepContext

@@ -12,7 +12,7 @@ from qdm_cli.engine.models.roles import layer_roles
 from qdm_cli.engine.runtime import gpu
 from qdm_cli.engine.runtime.attention import speed_up_attention_
 from qdm_cli.engine.runtime.choice import Mode
-from qdm_cli.engine.runtime.modules import PackedLayer
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import share_inputs_
 
 

@@ -10,7 +10,7 @@ from qdm_cli.engine.bench.gpu_denoisers import GpuBench, measure_on_gpu
 from qdm_cli.engine.models.published import CONFIGS, Published
 from qdm_cli.engine.runtime import choice, gpu
 from qdm_cli.engine.runtime.choice import Machine
-from qdm_cli.engine.runtime.modules import PackedLayer
+from qdm_cli.engine.runtime.packed import PackedLayer
 
 TINY = {
     "sample_size": 8,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from qdm_cli.engine.bench.denoisers import quantized_state, seeded_inputs
 from qdm_cli.engine.runtime import fused
 from qdm_cli.engine.runtime.fused import FUSED, fuse_blocks_
-from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_
+from qdm_cli.engine.runtime.modules import pack_denoiser_
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.tune import tune_
 from qdm_kernels.native import build
 

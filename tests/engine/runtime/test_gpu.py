@@ -16,7 +16,8 @@ from qdm_cli.engine.plan.inputs import CallShape, example_inputs
 from qdm_cli.engine.runtime import choice
 from qdm_cli.engine.runtime.gpu_blocks import fuse_gpu_blocks_
 from qdm_cli.engine.runtime.graphs import Graphs
-from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_, packed_from_state
+from qdm_cli.engine.runtime.modules import pack_denoiser_, packed_from_state
+from qdm_cli.engine.runtime.packed import PackedLayer
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,8 @@ from qdm_cli.engine.runtime import choice, gpu, gpu_fused
 from qdm_cli.engine.runtime.choice import Choice, Machine
 from qdm_cli.engine.runtime.gpu import prepare_integers
 from qdm_cli.engine.runtime.gpu_blocks import GPU_BLOCKS, fuse_gpu_blocks_
-from qdm_cli.engine.runtime.modules import PackedLayer, pack_denoiser_, packed_from_state
+from qdm_cli.engine.runtime.modules import pack_denoiser_, packed_from_state
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import SharedInput
 from qdm_kernels.attention import op as attention_op
 

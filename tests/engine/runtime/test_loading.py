@@ -15,7 +15,7 @@ from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.state_apply import apply_state_
 from qdm_cli.engine.runtime.folder import compact, packed_tensors, write_component, write_pipeline, write_weights
 from qdm_cli.engine.runtime.loading import graphed
-from qdm_cli.engine.runtime.modules import PackedLayer
+from qdm_cli.engine.runtime.packed import PackedLayer
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from qdm_cli.engine.quant.modules import CodedWeight, build_layer
 from qdm_cli.engine.quant.state import LayerState
 from qdm_cli.engine.quant.state_apply import scales_of
 from qdm_cli.engine.runtime import gpu
-from qdm_cli.engine.runtime.modules import PackedLayer, packed_from_state
+from qdm_cli.engine.runtime.modules import packed_from_state
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import share_inputs_
 
 LAYERS = {
