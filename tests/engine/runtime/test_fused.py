@@ -70,7 +70,9 @@ def test_every_block_equals_its_parent_but_for_ties(packed, dtype: torch.dtype, 
     bound = 2e-3 if dtype == torch.float32 else 2e-2  # the parent rounds to bf16 before it quantizes
     for kind, errors in seen.items():
         assert errors, kind
-        assert max(errors) <= bound, (kind, errors)
+        # in a transformer a tie of the first norm goes on through two attentions and a feed-forward, whose inputs have ties of their own
+        links = 2 if issubclass(kind, fused.Transformer2DModel | fused.BasicTransformerBlock) else 1
+        assert max(errors) <= links * bound, (kind, errors)
 
 
 @pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
