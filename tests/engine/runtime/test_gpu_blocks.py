@@ -28,6 +28,7 @@ from qdm_kernels.attention import op as attention_op
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the way of CUDA tensors, tiny layers run integers too, and the CPU multiplies bf16, as beside GPUs."""
     monkeypatch.setattr(attention_op, "why_not_cpu", lambda: None)
+    monkeypatch.setattr(attention_op, "shortest", lambda: 1024)  # attention in bf16 would turn codes at ties, as no GPU does
     monkeypatch.setattr("qdm_cli.engine.runtime.fused.LEAST_VALUES", 0)  # what a block falls back to is that of large images
     monkeypatch.setattr(gpu, "is_gpu", lambda device: device.type == "cpu")
     monkeypatch.setattr(Machine, "of", classmethod(lambda cls, device, op: cls("cuda", (9, 0), triton=True)))
