@@ -1,162 +1,111 @@
-"""Products in AMX tiles: exact sums, the contract's outputs bit for bit, whatever the shape, the cut and the number of threads."""
+"""Tiles: shipped measurements are usable, the user's file wins, a new resolution looks nothing up twice; what the tuner offers fits."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-import torch.nn.functional as F
-from producers import check_codes, gelu
-from torch import Tensor
 
-from qdm_kernels.conv2d_w8a8 import cpu as conv2d_cpu
-from qdm_kernels.conv2d_w8a8 import op as conv2d_op
-from qdm_kernels.linear_w8a8 import op as linear_op
-from qdm_kernels.native import producers as producers_native
-from qdm_kernels.native import tiles
-from qdm_kernels.native.producers import Grid
-from qdm_kernels.quantize import reference
+pytest.importorskip("triton", reason="pip install 'qdm[dev]' brings triton on Linux")
 
-pytestmark = pytest.mark.skipif(tiles.why_not() is not None, reason=str(tiles.why_not()))
-SHAPES = [(1, 64, 1), (31, 128, 33), (32, 64, 32), (33, 320, 96), (65, 192, 320), (257, 1280, 48), (0, 64, 8)]
+from qdm_kernels.conv2d_w8a8.tiles import choose_conv_plan
+from qdm_kernels.gemm import tiles, tune
+from qdm_kernels.gemm.tiles import SHARED_BYTES, TMA_TILES, Plan, Tile, bucket, choose_plan, entry, measured, weight_only_tile
+
+CPU = torch.device("cpu")  # counts as an H100
+SHIPPED = sorted((Path(tiles.__file__).parents[1] / "tuned").glob("sm*.json"))
 
 
-@pytest.fixture(autouse=True, params=[(1, 32_768), (2, 32_768), (3, 2048)], ids=["1 thread", "2 threads", "3 threads, small cuts"])
-def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    torch.set_num_threads(request.param[0])
-    monkeypatch.setattr(tiles, "FIRST_LEVEL", request.param[1])
-    monkeypatch.setattr(tiles, "SMALLEST", 0)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_measurements_fit_their_gpu(path: Path) -> None:
+    capability, content = int(path.stem[2:]), json.loads(path.read_text())
+    assert content["schema"] == tune.SCHEMA
+    assert content["device"]
+    for e in content["entries"]:
+        tile = Tile(**e["tile"])
+        assert e["op"] in ("linear_w8a8", "linear_w4a8", "conv2d_w8a8", "conv2d_w4a8", "linear_w4a16", "linear_w8a16")
+        assert e["m"] == bucket(e["m"])
+        assert e["k"] % tile.bk == 0
+        assert tile.since <= capability
+        assert tile.shared_bytes <= SHARED_BYTES[capability]
+        assert e["us"] > 0
 
 
-def vectors(n: int) -> tuple[Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(3)
-    return torch.rand(n, generator=rng) * 1e-3, torch.randn(n, generator=rng)
+@pytest.mark.parametrize("op", ["linear_w8a8", "conv2d_w8a8"])
+def test_the_users_file_wins_and_serves_a_whole_bucket(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(Tile(64, 64, 64, 4, 4), 3)
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"schema": 1, "device": "here", "entries": [entry(op, 2000, 1280, 5760, plan, us=1.0)]}))
+    monkeypatch.setenv("QDM_TUNED", str(file))
+    tiles.user_file.cache_clear()
+    try:
+        for rows in (1025, 1500, 2048):
+            found = choose_plan(op, rows, 1280, 5760, CPU) if op == "linear_w8a8" else choose_conv_plan(op, rows, 1280, 9, 640, CPU)
+            assert found == plan
+        assert choose_plan(op, 2049, 1280, 5760, CPU) != plan
+    finally:
+        tiles.user_file.cache_clear()
 
 
-@pytest.mark.parametrize("z", [0, -128, 127])
-@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
-def test_product(draw, m: int, k: int, n: int, z: int) -> None:
-    x, w, (scale, bias) = draw((m, k)), draw((n, k)), vectors(n)
-    packed, sums = tiles.pack(w), (x.double() - z) @ w.double().T
-    made = torch.full((m, n), 77, dtype=torch.int32)
-    assert torch.equal(tiles.product(x, z, packed, scale, None, made).double(), sums)
-    rows, more = torch.rand(m), torch.randn(m, n)
-    for dtype in (torch.float32, torch.bfloat16):
-        out = torch.full((m, n), torch.nan, dtype=dtype)
-        assert torch.equal(tiles.product(x, z, packed, scale, bias, out), (sums.float() * scale + bias).to(dtype))
-        residual = more.to(dtype)
-        want = (sums.float() * (rows[:, None] * scale) + residual.float()).to(dtype)
-        got = tiles.product(x, z, packed, scale, None, torch.full_like(out, torch.nan), row_scale=rows, residual=residual)
-        if m >= tiles.SIDE or dtype == torch.float32:
-            assert torch.equal(got, want)
-        else:  # few rows are rounded before the residual is added
-            assert torch.allclose(got.float(), want.float(), rtol=2e-2, atol=2e-2)
+def test_an_entry_that_does_not_run_here_is_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"entries": [entry("linear_w8a8", 512, 7, 64, Plan(TMA_TILES[1]))]}))
+    assert measured("linear_w8a8", 512, 7, 64, 90, file) == Plan(TMA_TILES[1])
+    assert measured("linear_w8a8", 512, 7, 64, 89, file) is None
 
 
-@pytest.mark.parametrize("value", [-128, 127])
-def test_extremes(value: int) -> None:
-    x, w = torch.full((40, 4096), value, dtype=torch.int8), torch.full((5, 4096), -128, dtype=torch.int8)
-    out = torch.empty((40, 5), dtype=torch.int32)
-    assert (tiles.product(x, 127, tiles.pack(w), torch.ones(5), None, out) == (value - 127) * -128 * 4096).all()
+def test_strides_get_no_copy_engine() -> None:
+    assert choose_conv_plan("conv2d_w8a8", 8192, 640, 9, 640, CPU).tile.tma
+    assert not choose_conv_plan("conv2d_w8a8", 8192, 640, 9, 640, CPU, dense=False).tile.tma
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
-@pytest.mark.parametrize(("m", "inner"), [(3, 16), (100, 80), (33, 160)])
-def test_gated(draw, m: int, inner: int, dtype: torch.dtype) -> None:
-    x, w, (scale, bias) = draw((m, 64)), draw((2 * inner, 64)), vectors(2 * inner)
-    gain, grid = 2 ** torch.randn(inner), Grid(1 / 0.05, 9)
-    inter = [tiles.interleave(t) for t in (scale, bias)]
-    out = torch.zeros((m, inner), dtype=dtype)
-    tiles.product(x, 3, tiles.pack(tiles.interleave(w)), *inter, out, gain=gain, grid=grid)
-    y = ((x.double() - 3) @ w.double().T).float() * scale + bias
-    codes = out if dtype == torch.int8 else (out.int() - 128).to(torch.int8)
-    check_codes(codes, gelu(y, True, "none", gain), torch.tensor(0.05), 9)
+@pytest.mark.parametrize(("m", "n", "k"), [(4608, 12288, 3072), (2048, 1280, 1280), (128, 960, 960), (64, 320, 320), (1, 6912, 1152)])
+def test_modelled_plans(m: int, n: int, k: int) -> None:
+    """Large grids take the largest tile unsplit; few rows change places with the weights."""
+    plan = choose_plan("not measured", m, n, k, CPU)
+    assert k % plan.tile.bk == 0
+    assert plan.tile.swap == (m <= 32)
+    if m >= 2048:
+        assert (plan.tile.bm, plan.tile.bn, plan.splits) == (128, 128, 1)
 
 
-CONVOLUTIONS = [
-    ((2, 64, 5, 7), (40, 3, 3), {"padding": (1, 1)}),
-    ((3, 128, 16, 16), (33, 3, 3), {"padding": (1, 1)}),
-    ((2, 64, 9, 8), (32, 3, 3), {"padding": (2, 2), "dilation": (2, 2)}),
-    ((1, 64, 12, 40), (16, 5, 3), {"padding": (2, 1)}),
-    ((2, 64, 8, 6), (24, 3, 3), {"padding": (1, 1), "stride": (2, 2)}),
-    ((2, 64, 8, 6), (24, 3, 3), {"padding": (0, 0), "padding_end": (1, 1), "stride": (2, 2)}),
-    ((2, 64, 7, 7), (24, 3, 3), {"padding": (0, 1), "padding_end": (2, 0)}),
-    ((1, 64, 3, 3), (8, 3, 3), {"padding": (1, 1)}),
-    ((2, 64, 20, 18), (24, 3, 3), {"padding": (1, 1), "stride": (2, 2)}),
-    ((1, 64, 33, 131), (40, 3, 3), {"padding": (0, 0), "padding_end": (1, 1), "stride": (2, 2)}),
-    ((2, 128, 25, 30), (16, 5, 3), {"padding": (2, 1), "stride": (3, 3)}),
-    ((2, 64, 17, 30), (16, 1, 1), {"stride": (2, 2)}),
-    ((2, 192, 6, 5), (50, 1, 1), {}),
-    ((0, 64, 8, 8), (8, 3, 3), {"padding": (1, 1)}),
-]
+def test_the_tuner_offers_what_fits() -> None:
+    for problem in tune.SHAPES:
+        plans = tune.candidates(problem, CPU)
+        assert plans
+        assert len(set(plans)) == len(plans) <= 64
+        for plan in plans:
+            assert problem.terms % plan.tile.bk == 0
+            assert plan.tile.shared_bytes <= SHARED_BYTES[90]
+    assert tune.conv((2, 320, 64, 640))[0].image == (64, 64)
+    assert not any(plan.tile.tma for plan in tune.candidates(tune.SHAPES[0], CPU) if plan.tile.swap)
 
 
-@pytest.mark.parametrize(("shape", "kernel", "keys"), CONVOLUTIONS, ids=str)
-def test_convolution(draw, shape: tuple[int, ...], kernel: tuple[int, ...], keys: dict) -> None:
-    w, x = draw((kernel[0], shape[1], *kernel[1:])), draw(shape).contiguous(memory_format=torch.channels_last)
-    scale, bias = vectors(kernel[0])
-    zero = torch.zeros(kernel[0], dtype=torch.int32)
-    layers = [conv2d_op.prepare(w, scale, zero, bias, **keys, backend=name) for name in ("cpu", "reference")]
-    assert layers[0].strategy == "amx"
-    images = torch.rand(shape[0], 1, 1, 1)
-    for z in (torch.tensor(0), torch.tensor(-77)):
-        sums = [conv2d_op.accumulate(x, z, layer) for layer in layers]
-        assert torch.equal(*sums)
-        for x_scale in (torch.tensor(0.3), images):
-            assert torch.equal(*(conv2d_op.conv2d(x, x_scale, z, layer) for layer in layers))
-        more = torch.randn(sums[0].shape)
-        for dtype in (torch.float32, torch.bfloat16):
-            end = {"residual": more.to(dtype), "out_dtype": dtype}
-            a, b = (conv2d_op.conv2d(x, torch.tensor(0.3), z, layer, **end) for layer in layers)
-            assert torch.allclose(
-                a.float(), b.float(), rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=1e-6 if dtype == torch.float32 else 2e-2
-            )
-            assert a.numel() == 0 or a.is_contiguous(memory_format=torch.channels_last)
+def test_weight_only_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least that holds the rows, within a group; a measured one where there is."""
+    assert [weight_only_tile(m, 64, 1152, 0, CPU).bm for m in (1, 16, 17, 64, 900)] == [16, 16, 32, 64, 128]
+    assert weight_only_tile(1, 64, 1152, 64, CPU).bk == 64
+    plan, file = Plan(Tile(16, 128, 128, 8, 5)), tmp_path / "mine.json"
+    file.write_text(json.dumps({"entries": [entry("linear_w8a16", 2, 64, 1152, plan)]}))
+    monkeypatch.setenv("QDM_TUNED", str(file))
+    tiles.user_file.cache_clear()
+    try:
+        assert weight_only_tile(8, 64, 1152, 0, CPU, 8) == plan.tile
+        assert weight_only_tile(8, 64, 1152, 64, CPU, 8) != plan.tile
+        assert weight_only_tile(8, 64, 1152, 0, CPU, 4) != plan.tile
+    finally:
+        tiles.user_file.cache_clear()
 
 
-def test_what_tiles_do_not_take(draw) -> None:
-    zero = torch.zeros(8, dtype=torch.int32)
-    assert linear_op.prepare(draw((8, 72)), torch.ones(8), zero, None, backend="cpu").strategy != "amx"
-    assert linear_op.prepare(draw((8, 64)), torch.ones(8), zero + 120, None, backend="cpu").strategy != "amx"
-    assert linear_op.prepare(draw((8, 64), -8, 7), torch.ones(8), zero + 7, None, backend="cpu").strategy == "amx"
-    grouped = conv2d_op.prepare(draw((8, 64, 3, 3)), torch.ones(8), zero, None, groups=2, backend="cpu")
-    assert grouped.strategy != "amx"
-
-
-def test_onednn_finds_its_tiles_again(draw) -> None:
-    """Its products in bfloat16, before and after ours, in turns."""
-    x, w, (scale, bias) = draw((70, 128)), draw((48, 128)), vectors(48)
-    a, b = torch.randn(90, 256).bfloat16(), torch.randn(64, 256).bfloat16()
-    first = F.linear(a, b)
-    for _ in range(3):
-        tiles.product(x, 1, tiles.pack(w), scale, bias, torch.empty(70, 48))
-        assert torch.equal(F.linear(a, b), first)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("m", [3, 70, 300])
-def test_floats_become_the_codes_of_the_contract(draw, m: int, dtype: torch.dtype) -> None:
-    """A layer on floats has the bits of the layer on their codes."""
-    x, w, (scale, bias) = (3 * torch.randn(m, 128)).to(dtype), draw((40, 128)), vectors(40)
-    x[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    packed, step = tiles.pack(w), torch.tensor(0.04)
-    grid, codes = Grid(float(step.reciprocal()), -11), reference.quantize(x, step, torch.tensor(-11), 8)
-    want = tiles.product(codes, -11, packed, scale, bias, torch.empty(m, 40))
-    assert torch.equal(tiles.product(x, -11, packed, scale, bias, torch.empty(m, 40), source=tiles.Source(grid)), want)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_a_norm_on_the_way_writes_the_codes_of_the_producer(draw, kernel: int, stride: int, dtype: torch.dtype) -> None:
-    x = (2 * torch.randn(3, 64, 18, 15) + 1).to(dtype).contiguous(memory_format=torch.channels_last)
-    w, (scale, bias), gain = draw((24, 64, kernel, kernel)), vectors(24), 2 ** torch.randn(64)
-    pad = (kernel // 2, kernel // 2)
-    layer = conv2d_op.prepare(w, scale, torch.zeros(24, dtype=torch.int32), bias, stride=(stride, stride), padding=pad, backend="cpu")
-    grid, affine = Grid(1 / 0.05, 9), producers_native.group_affine(x, 8, None, None, None, 1e-5)
-    codes = torch.empty_like(x, dtype=torch.int8)
-    producers_native.affine_codes(x, affine, gain, True, codes, grid)
-    want = conv2d_op.conv2d(codes, torch.tensor(1.0), torch.tensor(9), layer, out_dtype=dtype)
-    assert conv2d_cpu.reads_floats(layer.state, x)
-    got = conv2d_cpu.from_floats(x, tiles.Source(grid, affine, True, gain), scale, bias, layer.state)
-    assert got.dtype == dtype
-    assert torch.equal(got, want)
+def test_files_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    file, first, second = tmp_path / "a/tuned.json", Plan(Tile(64, 64, 64, 4, 4)), Plan(Tile(64, 128, 64, 4, 4), 2)
+    for entries in (
+        [entry("linear_w8a8", 100, 8, 64, first), entry("linear_w8a8", 100, 9, 64, first)],
+        [entry("linear_w8a8", 99, 8, 64, second)],
+    ):
+        tune.write(file, entries, CPU)
+    found = {(e["m"], e["n"]): e["splits"] for e in json.loads(file.read_text())["entries"]}
+    assert found == {(128, 8): 2, (128, 9): 1}
