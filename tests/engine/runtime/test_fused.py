@@ -55,10 +55,16 @@ def test_every_block_equals_its_parent_but_for_ties(packed, dtype: torch.dtype, 
 
     def compare(block: nn.Module, args: tuple, kwargs: dict, got: Tensor) -> None:
         kind = type(block)
-        block.__class__ = kind.__mro__[1]
+        inner = block._modules.get("transformer_blocks")
         with torch.no_grad():
+            if inner is not None:  # these are compared one by one: here they would multiply a tie of what lies around them
+                block.transformer_blocks = nn.ModuleList()
+                got = block.forward(*args, **kwargs)
+            block.__class__ = kind.__mro__[1]
             want = block.forward(*args, **kwargs)
         block.__class__ = kind
+        if inner is not None:
+            block.transformer_blocks = inner
         got, want = (y if torch.is_tensor(y) else y[0] for y in (got, want))
         assert got.dtype == dtype
         seen[kind].append(float((got.float() - want.float()).norm() / want.float().norm()))
@@ -70,9 +76,7 @@ def test_every_block_equals_its_parent_but_for_ties(packed, dtype: torch.dtype, 
     bound = 2e-3 if dtype == torch.float32 else 2e-2  # the parent rounds to bf16 before it quantizes
     for kind, errors in seen.items():
         assert errors, kind
-        # in a transformer a tie of the first norm goes on through two attentions and a feed-forward, whose inputs have ties of their own
-        links = 2 if issubclass(kind, fused.Transformer2DModel | fused.BasicTransformerBlock) else 1
-        assert max(errors) <= links * bound, (kind, errors)
+        assert max(errors) <= bound, (kind, errors)
 
 
 @pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
