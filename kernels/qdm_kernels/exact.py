@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qdm_kernels import backend
+from qdm_kernels.attention.op import has_tiles
 
 FP32_EXACT = 1 << 24  # every integer up to here is a float32
 INT32_MAX = (1 << 31) - 1
@@ -61,10 +62,11 @@ def check_int32(weight: Tensor) -> None:
 
 def why_not_int8(op: str, codes: Tensor, weight: Tensor) -> tuple[bool, str | None]:
     """Can oneDNN int8 hold a weight: (True, None) as w - z_w, (False, None) as w with z_w corrected by an input sum, or (False, reason)."""
-    reason = backend.why_not("onednn", op, weight_range=value_range(weight))
-    if reason is None:
-        return True, None
-    return False, reason and backend.why_not("onednn", op, weight_range=value_range(codes))
+    folded = backend.why_not("onednn", op, weight_range=value_range(weight)) is None
+    reason = None if folded else backend.why_not("onednn", op, weight_range=value_range(codes))
+    if reason is None and has_tiles() and len(split_exact(l1_by_input(weight if folded else codes.to(torch.int16)), 255)) > 1:
+        reason = "sums past 2^24, which oneDNN rounds where AMX multiplies before it takes the zero point off"
+    return folded and reason is None, reason
 
 
 def rescale_(sums: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from qdm_kernels import backend
-from qdm_kernels.conv2d_w8a8 import cpu as conv2d_cpu
-from qdm_kernels.linear_w8a8 import cpu as linear_cpu
+from qdm_kernels import exact as exact_sums
 from qdm_kernels.native import tiles
 
 Draw = Callable[..., Tensor]
@@ -41,8 +40,7 @@ def probe_as(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def pretend(exact: backend.Exact, *, fp32: bool = True) -> None:
         monkeypatch.setattr(tiles, "why_not", lambda: "the test asks for oneDNN")
-        monkeypatch.setattr(conv2d_cpu, "has_tiles", lambda: False)
-        monkeypatch.setattr(linear_cpu, "has_tiles", lambda: False)
+        monkeypatch.setattr(exact_sums, "has_tiles", lambda: False)
         monkeypatch.setattr(backend, "probe", lambda: backend.Probe(linear=exact, conv2d=exact, fp32=fp32))
 
     return pretend

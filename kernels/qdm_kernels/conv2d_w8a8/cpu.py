@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdm_kernels import backend, onednn
-from qdm_kernels.attention.op import has_tiles
 from qdm_kernels.exact import Slice, l1_by_input, rescale_, split_exact, subtract_input_sum, subtract_zero_point, why_not_int8
 from qdm_kernels.geometry import Conv2dGeometry, Pair
 from qdm_kernels.linear_w8a8 import cpu as linear
@@ -94,8 +93,6 @@ def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Tile
     folded, reason = why_not_int8("conv2d_w8a8", codes, weight)
     if reason is None and not folded and geometry.groups > 1:
         reason = "weights minus their zero point exceed int8, and a grouped convolution has no single input sum"
-    if reason is None and has_tiles() and len(split_exact(l1_by_input(weight if folded else codes.to(torch.int16)), 255)) > 1:
-        reason = "sums past 2^24, which oneDNN rounds where AMX multiplies before it takes the zero point off"
     if reason is not None:
         return _prepare_float32(weight, geometry, reason)
     if folded:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from qdm_kernels import backend, onednn
-from qdm_kernels.attention.op import has_tiles
 from qdm_kernels.exact import (
     Slice,
     l1_by_input,
@@ -70,8 +69,6 @@ def prepare_untiled(codes: Tensor, zero_point: Tensor) -> Int8 | Float32:
     """Pack for oneDNN or float32."""
     weight = subtract_zero_point(codes, zero_point)
     folded, reason = why_not_int8("linear_w8a8", codes, weight)
-    if reason is None and has_tiles() and len(split_exact(l1_by_input(weight if folded else codes.to(torch.int16)), 255)) > 1:
-        reason = "sums past 2^24, which oneDNN rounds where AMX multiplies before it takes the zero point off"
     if reason is not None:
         return _prepare_float32(weight, reason)
     if folded:
