@@ -24,7 +24,10 @@ def refusals(section: str) -> list[str]:
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ("{method: dp, budget: {}}", "cache.budget: needs exactly one of speedup, latency_ms, latent_error, psnr, lpips, clip_drop, fid_increase (got none)"),
+        (
+            "{method: dp, budget: {}}",
+            "cache.budget: needs exactly one of speedup, latency_ms, latent_error, psnr, lpips, clip_drop, fid_increase (got none)",
+        ),
         ("{method: dp, budget: {fid_increase: 0.02}}", "cache.budget.fid_increase: needs cache.verify.samples of at least 500"),
         ("{method: dp, budget: {speedup: 2, psnr: 30}}", "cache.budget: needs exactly one of .* (got speedup, psnr)"),
         ("{method: dp, cuts: []}", "cache.cuts: names no cut; write auto for the defaults"),
