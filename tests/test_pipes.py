@@ -52,8 +52,13 @@ def sh(line: str, *, stdin: Any = subprocess.DEVNULL, **changes: str) -> subproc
 
 def start(*words: str, **changes: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(FAKES / "fake_qdm.py"), *words]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True, env=environment(**changes))
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, env=environment(**changes), preexec_fn=_heed_interrupts)
+
+
+def _heed_interrupts() -> None:
+    """A suite that runs in the background of a shell hands down an ignored SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_units(count: int, seconds: float = 120) -> None:
