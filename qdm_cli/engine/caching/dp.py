@@ -1,97 +1,76 @@
 """Exact schedule search over step x cut (caching spec 4.4): pure arrays, neither torch nor diffusers.
 
-A trajectory is cut into segments: a full call i and the partial calls up to the next full call j, all reusing one cut b. The cost of a
-segment adds up (or takes the largest of) weight x drift of its partial calls; its latency is L_full + (j - i - 1) L_b.
+One cut for the whole trajectory is searched by the number of full calls; segments of different cuts by time in whole units, from both ends
+of the trajectory to its middle: the tables of two halves hold half as many budgets as that of the whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cached_property
+from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 
-Objective = Literal["sum", "minimax", "lexicographic"]
-Kind = Literal["sum", "max"]
+from qdm_cli.engine.caching.cover import Cover, Segments, cover
+from qdm_cli.engine.caching.segments import JOIN, Kind, Objective, Plan, Problem, evaluate, latency_units, segment_costs, worthwhile
 
-MAX_UNITS = 8192
-"""Latency units of a whole trajectory: bounds time and memory of the search over several cuts."""
-UNITS_OF_SMALLEST = 64
+__all__ = ["Objective", "Plan", "Problem", "Searches", "evaluate", "pareto", "searched", "within"]
+
 CURVE_POINTS = 40
+_SLACK = 1 + 1e-12  # of latencies that were added up in another order
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What a schedule is chosen from.
+class Point:
+    """One budget of a finished search.
 
     Attributes:
-        drift: [B, n, W] drift[b, i, r] = error of call i + r when it reuses cut b of call i; r = 0 is 0. Entries past the end are ignored.
-            W is the longest segment.
-        weights: [n] effect of an error at each call on the result.
-        full_ms: latency of a full call.
-        partial_ms: [B] latency of a partial call.
-        forced: calls that must be full.
-        starts: calls that may be full; None = all. Call 0 and forced calls always may.
-        objective: sum | minimax | lexicographic (smallest maximum first, then smallest sum).
-        mixed: segments may use different cuts; False = one cut for the whole trajectory.
-        unit_ms: of the latency grid of mixed cuts; None = chosen by `latency_units`.
+        latency_ms: a bound of its plan's latency.
+        cost: comparable within the searches of one problem.
+        key: what the search finds the plan again by.
     """
 
-    drift: np.ndarray
-    weights: np.ndarray
-    full_ms: float
-    partial_ms: np.ndarray
-    forced: frozenset[int] = frozenset()
-    starts: frozenset[int] | None = None
-    objective: Objective = "sum"
-    mixed: bool = True
-    unit_ms: float | None = None
-
-    @property
-    def calls(self) -> int:
-        return int(self.drift.shape[1])
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One schedule.
-
-    Attributes:
-        refreshes: full calls, ascending.
-        cuts: index of the cut that the segment of each full call uses.
-        cost: sum of weight x drift over all partial calls.
-        peak: the largest of them.
-        latency_ms: as it is, nothing rounded.
-    """
-
-    refreshes: tuple[int, ...]
-    cuts: tuple[int, ...]
-    cost: float
-    peak: float
     latency_ms: float
+    cost: float
+    key: Any
 
-    def value(self, objective: Objective) -> tuple[float, ...]:
-        """What the objective minimises."""
-        return {"sum": (self.cost,), "minimax": (self.peak,), "lexicographic": (self.peak, self.cost)}[objective]
+
+class Search(Protocol):
+    """A finished dynamic programme."""
+
+    def points(self, count: int) -> list[Point]:
+        """By growing latency and falling cost; all of them, or `count` if that saves time."""
+
+    def best(self, latency_ms: float) -> Point | None:
+        """The cheapest within a time; None = every schedule takes longer."""
+
+    def plans(self, points: Sequence[Point]) -> list[Plan]:
+        """Their schedules."""
+
+    def stretched(self, point: Point, latency_ms: float) -> Plan:
+        """The plan of a point, or a better one that still takes at most `latency_ms`."""
+
+
+Searches = Sequence[Search]
+"""The finished dynamic programmes of one problem."""
 
 
 def pareto(problem: Problem, points: int = CURVE_POINTS, searches: Searches | None = None) -> list[Plan]:
     """Non-dominated schedules by growing latency and strictly better objective: "at most this latency", one search for all.
 
     Args:
-        points: at most this many budgets are traced back, evenly over those where the objective improves.
+        points: at most this many, evenly over the budgets where there are more.
         searches: of the problem, where it was searched already.
 
     Raises:
         ValueError: no schedule satisfies the constraints, or shapes disagree.
     """
-    found = _candidates(searches or searched(problem))
-    if len(found) > points:
-        found = [found[i] for i in np.unique(np.round(np.linspace(0, len(found) - 1, points)).astype(int))]
-    budgets: dict[int, tuple[_Search, list[int]]] = {}
-    for _, _, search, q in found:
-        budgets.setdefault(id(search), (search, []))[1].append(q)
-    plans = [plan for search, chosen in budgets.values() for plan in search.traces(chosen)]
+    found = [(point, search) for search in searches or searched(problem) for point in search.points(points)]
+    found = _evenly(_front(found), points)
+    plans = [plan for search in {id(search): search for _, search in found}.values() for plan in _plans_of(search, found)]
     if problem.objective == "lexicographic":
         plans = [_refined(problem, plan, plan.latency_ms) for plan in plans]
     front: list[Plan] = []
@@ -103,24 +82,36 @@ def pareto(problem: Problem, points: int = CURVE_POINTS, searches: Searches | No
     return front
 
 
+def _front(found: list[tuple[Point, Search]]) -> list[tuple[Point, Search]]:
+    """Those that no other is both faster and cheaper than, by latency."""
+    found = sorted(found, key=lambda item: (item[0].latency_ms, item[0].cost))
+    costs = np.array([point.cost for point, _ in found])
+    falls = np.flatnonzero(costs < np.minimum.accumulate(np.append(np.inf, costs))[:-1])
+    return [found[place] for place in falls]
+
+
+def _evenly(found: list[tuple[Point, Search]], count: int) -> list[tuple[Point, Search]]:
+    if len(found) <= count:
+        return found
+    return [found[place] for place in np.unique(np.round(np.linspace(0, len(found) - 1, count)).astype(int))]
+
+
+def _plans_of(search: Search, found: list[tuple[Point, Search]]) -> list[Plan]:
+    return search.plans([point for point, owner in found if owner is search])
+
+
 def within(problem: Problem, latency_ms: float, searches: Searches | None = None) -> Plan | None:
     """The best schedule that takes at most `latency_ms`; None = every schedule takes longer. `searches`: as `pareto` takes them."""
-    found = [item for item in _candidates(searches or searched(problem)) if item[0] <= latency_ms * (1 + 1e-12)]
+    best = _best(searches or searched(problem), latency_ms)
+    return _refined(problem, best, latency_ms) if best is not None and problem.objective == "lexicographic" else best
+
+
+def _best(searches: Searches, latency_ms: float) -> Plan | None:
+    found = [(point, search) for search in searches if (point := search.best(latency_ms)) is not None]
     if not found:
         return None
-    _, _, search, q = min(found, key=lambda item: item[1])
-    best = search.stretched(q, latency_ms)
-    return _refined(problem, best, latency_ms) if problem.objective == "lexicographic" else best
-
-
-def _candidates(searches: Searches) -> list[tuple[float, float, _Search, int]]:
-    """(latency or its bound, cost, search, budget) of all searches, non-dominated, by latency."""
-    points = [(*point, search) for search in searches for point in search.points()]
-    front: list[tuple[float, float, _Search, int]] = []
-    for latency, cost, q, search in sorted(points, key=lambda point: point[:2]):
-        if not front or cost < front[-1][1]:
-            front.append((latency, cost, search, q))
-    return front
+    point, search = min(found, key=lambda item: (item[0].cost, item[0].latency_ms))
+    return search.stretched(point, latency_ms)
 
 
 def _refined(problem: Problem, plan: Plan, latency_ms: float) -> Plan:
@@ -129,136 +120,7 @@ def _refined(problem: Problem, plan: Plan, latency_ms: float) -> Plan:
     One pass over (maximum, sum) pairs is not optimal: a prefix with a smaller maximum and a larger sum can lose later.
     """
     bounded = np.where(segment_costs(problem, "max") <= plan.peak, segment_costs(problem, "sum"), np.inf)
-    found = [item for item in _candidates(searched(replace(problem, objective="sum"), bounded)) if item[0] <= latency_ms * (1 + 1e-12)]
-    if not found:
-        return plan
-    _, _, search, q = min(found, key=lambda item: item[1])
-    return search.stretched(q, latency_ms)
-
-
-def evaluate(problem: Problem, refreshes: tuple[int, ...], cuts: tuple[int, ...]) -> Plan:
-    """Figures of a given schedule; cost and peak are infinite where it breaks a constraint or leaves the drift matrix."""
-    full = np.asarray(refreshes)
-    calls = np.arange(problem.calls)
-    segment = np.searchsorted(full, calls, side="right") - 1
-    lag, cut = calls - full[segment], np.asarray(cuts)[segment]
-    partial = np.flatnonzero(lag)
-    reached = lag < problem.drift.shape[2]
-    drift = np.where(reached, problem.drift[cut, full[segment], np.where(reached, lag, 0)], np.inf)
-    errors = problem.weights[partial] * drift[partial]
-    errors[np.isnan(errors)] = np.inf
-    if not problem.forced.isdisjoint(partial.tolist()):
-        errors = np.append(errors, np.inf)
-    latency = len(full) * problem.full_ms + float(problem.partial_ms[cut[partial]].sum())
-    return Plan(tuple(refreshes), tuple(cuts), float(errors.sum()), float(errors.max(initial=0.0)), latency)
-
-
-def segment_costs(problem: Problem, kind: Kind) -> np.ndarray:
-    """[B, n, W + 1] cost of the segment of each length 1..W that begins at each call; inf = not allowed, index 0 is unused."""
-    cuts, calls, longest = problem.drift.shape
-    reach = np.arange(calls)[:, None] + np.arange(longest)
-    weight: np.ndarray = np.append(problem.weights, 0.0).astype(np.float64)
-    weight[list(problem.forced)] = np.inf
-    with np.errstate(invalid="ignore"):
-        weighted = problem.drift * weight[np.minimum(reach, calls)]
-    weighted = np.where(np.isnan(weighted), np.inf, weighted)
-    weighted[:, :, 0] = 0.0
-    joined = np.cumsum(weighted, axis=2) if kind == "sum" else np.maximum.accumulate(weighted, axis=2)
-    table = np.full((cuts, calls, longest + 1), np.inf)
-    table[:, :, 1:] = np.where(reach < calls, joined, np.inf)
-    if problem.starts is not None:
-        closed = [call for call in range(1, calls) if call not in problem.starts and call not in problem.forced]
-        table[:, closed] = np.inf
-    return table
-
-
-@dataclass(frozen=True)
-class _Search:
-    """One finished dynamic programme over a budget axis q (full calls, or latency units).
-
-    Attributes:
-        problem: with the cuts that this search may mix.
-        index: their indices in the caller's problem.
-        table: [B, n, W + 1] segment costs; `units`: [B, W + 1] budget of a segment.
-        best: [n + 1, Q + 1] cheapest way to cover calls 0..j-1 with exactly budget q.
-        kind: how costs join.
-        unit_ms: None = q counts full calls.
-        back: [n + 1, Q + 1] start of the last segment; None = found again from `best`.
-    """
-
-    problem: Problem
-    index: tuple[int, ...]
-    table: np.ndarray
-    units: np.ndarray
-    best: np.ndarray
-    kind: Kind
-    unit_ms: float | None
-    back: np.ndarray | None = None
-
-    def points(self) -> list[tuple[float, float, int]]:
-        """(latency, cost, budget) where the cheapest cost at most q falls; latency is a bound where segments are rounded up."""
-        last = self.best[-1]
-        falls = np.flatnonzero(last < np.minimum.accumulate(np.concatenate([[np.inf], last[:-1]])))
-        partial = float(self.problem.partial_ms[0])
-        latency = falls * self.problem.full_ms + (self.problem.calls - falls) * partial if self.unit_ms is None else falls * self.unit_ms
-        return list(zip(latency.tolist(), last[falls].tolist(), falls.tolist(), strict=True))
-
-    def stretched(self, q: int, latency_ms: float) -> Plan:
-        """The plan of budget q, or a better one of a larger budget that still takes at most `latency_ms`.
-
-        Units round every segment up, so plans leave time unused.
-        """
-        best = self.trace(q)
-        if self.unit_ms is None:
-            return best
-        budgets: np.ndarray = np.array([budget for _, _, budget in self.points()])
-        while len(larger := budgets[(budgets > q) & (budgets <= q + (latency_ms - best.latency_ms) / self.unit_ms)]):
-            q = int(larger[-1])
-            plan = self.trace(q)
-            if plan.latency_ms > latency_ms * (1 + 1e-12):
-                break
-            best = plan
-        return best
-
-    def trace(self, q: int) -> Plan:
-        """The plan of budget q."""
-        return self.traces([q])[0]
-
-    def traces(self, budgets: list[int]) -> list[Plan]:
-        """Walk back from the end, all budgets side by side. Ties: smallest start, then smallest cut."""
-        ends, left = np.full(len(budgets), self.problem.calls), np.array(budgets)
-        paths: list[list[tuple[int, int]]] = [[] for _ in budgets]
-        while len(going := np.flatnonzero(ends)):
-            starts, cuts = self._steps(ends[going], left[going])
-            left[going] -= self.units[cuts, ends[going] - starts]
-            ends[going] = starts
-            for path, start, cut in zip(going.tolist(), starts.tolist(), cuts.tolist(), strict=True):
-                paths[path].append((start, cut))
-        plans = []
-        for path in paths:
-            refreshes, chosen = zip(*path[::-1], strict=True)
-            plans.append(replace(evaluate(self.problem, refreshes, chosen), cuts=tuple(self.index[cut] for cut in chosen)))
-        return plans
-
-    def _steps(self, ends: np.ndarray, budgets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[P] start and cut of the segment that ends at each of `ends` in the cheapest cover with its budget."""
-        if self.back is not None:
-            return self.back[ends, budgets], np.zeros_like(ends)
-        lengths = np.arange(self.table.shape[2] - 1, 0, -1)
-        starts = ends[:, None] - lengths  # [P, W]
-        before = budgets[:, None, None] - self.units[:, lengths].T  # [P, W, B]
-        open_ = (starts >= 0)[:, :, None] & (before >= 0)
-        starts = np.maximum(starts, 0)
-        value = self.best[starts[:, :, None], np.where(open_, before, 0)]
-        step = np.moveaxis(self.table[:, starts, lengths], 0, -1)
-        joined = value + step if self.kind == "sum" else np.maximum(value, step)
-        chosen = (open_ & (joined == self.best[ends, budgets][:, None, None])).reshape(len(ends), -1).argmax(axis=1)
-        place, cut = np.divmod(chosen, len(self.index))
-        return ends - lengths[place], cut
-
-
-Searches = list[_Search]
-"""The finished dynamic programmes of one problem."""
+    return _best(searched(replace(problem, objective="sum"), bounded), latency_ms) or plan
 
 
 def searched(problem: Problem, table: np.ndarray | None = None) -> Searches:
@@ -266,77 +128,57 @@ def searched(problem: Problem, table: np.ndarray | None = None) -> Searches:
 
     The lexicographic objective begins with its first pass, the smallest maximum.
     """
-    _check(problem)
+    problem.check()
     cuts = range(problem.drift.shape[0])
     kind: Kind = "sum" if problem.objective == "sum" else "max"
     table = segment_costs(problem, kind) if table is None else table
     if problem.mixed and len(cuts) > 1:
-        units, unit_ms = latency_units(problem)
-        table = _undominated(table, units)
-        return [_Search(problem, tuple(cuts), table, units, forward(table, units, kind), kind, unit_ms)]
-    units = np.ones((1, table.shape[2]), np.int64)
-    lanes, starts = forward_each(table, kind)
-    single = [replace(problem, drift=problem.drift[b : b + 1], partial_ms=problem.partial_ms[b : b + 1]) for b in cuts]
-    return [_Search(single[b], (b,), table[b : b + 1], units, lanes[b], kind, None, starts[b]) for b in cuts]
+        return [Mixed.of(problem, table, kind)]
+    best, back = forward_each(table, kind)
+    return [OneCut(problem, b, best[b], back[b]) for b in cuts]
 
 
-def _check(problem: Problem) -> None:
-    cuts, calls, longest = problem.drift.shape
-    if problem.weights.shape != (calls,) or problem.partial_ms.shape != (cuts,) or longest < 1:
-        raise ValueError(
-            f"drift {problem.drift.shape} does not fit weights {problem.weights.shape} and partial_ms {problem.partial_ms.shape}"
-        )
-    if problem.full_ms <= 0 or not (problem.partial_ms > 0).all():
-        raise ValueError("latencies must be positive")
-    if (problem.drift < 0).any() or (problem.weights < 0).any():
-        raise ValueError("drift and weights must not be negative")
+# ---------------------------------------------------------------- one cut
 
 
-def latency_units(problem: Problem) -> tuple[np.ndarray, float]:
-    """([B, W + 1] latency of each segment in whole units, rounded up; unit in ms)."""
-    smallest = min(problem.full_ms, float(problem.partial_ms.min()))
-    unit = problem.unit_ms or max(smallest / UNITS_OF_SMALLEST, problem.calls * problem.full_ms / MAX_UNITS)
-    lengths = np.arange(problem.drift.shape[2] + 1)
-    latency = problem.full_ms + np.maximum(lengths - 1, 0)[None] * problem.partial_ms[:, None]
-    return np.ceil(latency / unit - 1e-9).astype(np.int64), unit
+@dataclass(frozen=True)
+class OneCut:
+    """All numbers of full calls of one cut.
 
+    Attributes:
+        cut: its index.
+        costs: [n + 1, n + 1] cheapest cover of the first j calls with exactly k full calls.
+        back: same shape, start of its last segment.
+    """
 
-def _undominated(table: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """The table without segments for which another cut is neither slower nor worse, and smaller or better in one."""
-    kept = table.copy()
-    for one in range(len(table)):
-        for other in range(len(table)):
-            if other != one:
-                better = (units[other] < units[one]) | (table[other] < table[one]) | (other < one)
-                kept[one][(units[other] <= units[one]) & (table[other] <= table[one]) & better] = np.inf
-    return kept
+    problem: Problem
+    cut: int
+    costs: np.ndarray
+    back: np.ndarray
 
+    def points(self, count: int) -> list[Point]:
+        last = self.costs[-1]
+        falls = np.flatnonzero(last < np.minimum.accumulate(np.append(np.inf, last))[:-1])
+        partial = float(self.problem.partial_ms[self.cut])
+        latency = falls * self.problem.full_ms + (self.problem.calls - falls) * partial
+        return [Point(*point) for point in zip(latency.tolist(), last[falls].tolist(), falls.tolist(), strict=True)]
 
-def forward(table: np.ndarray, units: np.ndarray, kind: Kind) -> np.ndarray:
-    """[n + 1, Q + 1] cheapest cover of the first j calls with exactly q units, over all segments and cuts."""
-    calls, longest = table.shape[1], table.shape[2] - 1
-    size = calls * int(units[:, 1].max())
-    best = np.full((calls + 1, size + 1), np.inf)
-    best[0, 0] = 0.0
-    low, high = [size + 1] * (calls + 1), [-1] * (calls + 1)  # budgets that are reachable at all
-    low[0] = high[0] = 0
-    join = np.add if kind == "sum" else np.maximum
-    scratch = np.empty(size + 1)
-    spent, costs = units.tolist(), table.tolist()
-    open_cuts = [[np.flatnonzero(row).tolist() for row in np.isfinite(table[:, i]).T] for i in range(calls)]
-    for j in range(1, calls + 1):
-        row = best[j]
-        for i in range(max(j - longest, 0), j):
-            length, before, reach = j - i, best[i, low[i] : high[i] + 1], high[i] - low[i] + 1
-            for cut in open_cuts[i][length]:
-                first = low[i] + spent[cut][length]
-                last = min(first + reach, size + 1)
-                if first < last:
-                    part = join(before[: last - first], costs[cut][i][length], out=scratch[: last - first])
-                    into = row[first:last]
-                    np.minimum(into, part, out=into)
-                    low[j], high[j] = min(low[j], first), max(high[j], last - 1)
-    return best
+    def best(self, latency_ms: float) -> Point | None:
+        return next((point for point in reversed(self.points(0)) if point.latency_ms <= latency_ms * _SLACK), None)
+
+    def plans(self, points: Sequence[Point]) -> list[Plan]:
+        return [self._plan(point.key) for point in points]
+
+    def _plan(self, full: int) -> Plan:
+        refreshes: list[int] = []
+        end = self.problem.calls
+        for count in range(full, 0, -1):
+            end = int(self.back[end, count])
+            refreshes.append(end)
+        return evaluate(self.problem, tuple(refreshes[::-1]), (self.cut,) * full)
+
+    def stretched(self, point: Point, latency_ms: float) -> Plan:
+        return self._plan(point.key)
 
 
 def forward_each(table: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
@@ -350,12 +192,139 @@ def forward_each(table: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray]
     best = np.full((cuts, calls + 1, calls + 1), np.inf)
     best[:, 0, 0] = 0.0
     back = np.zeros(best.shape, np.int32)
-    join = np.add if kind == "sum" else np.maximum
     for j in range(1, calls + 1):
         starts = np.arange(max(j - longest, 0), j)
         # the first i calls hold at most i segments, so budgets from j on are unreachable
-        joined = join(best[:, starts[0] : j, :j], table[:, starts, j - starts][:, :, None])
+        joined = JOIN[kind](best[:, starts[0] : j, :j], table[:, starts, j - starts][:, :, None])
         chosen = joined.argmin(axis=1)
         best[:, j, 1 : j + 1] = np.take_along_axis(joined, chosen[:, None], axis=1)[:, 0]
         back[:, j, 1 : j + 1] = chosen + starts[0]
     return best, back
+
+
+# ---------------------------------------------------------------- several cuts
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where a plan passes from the first half to the second: the row of the cover of either half, and the units spent there."""
+
+    rows: tuple[int, int]
+    units: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """All cuts, by time in units.
+
+    Attributes:
+        ahead: covers up to the first full call from `middle` on, which is at most one segment behind it.
+        behind: covers of the rest, of the mirrored trajectory.
+    """
+
+    problem: Problem
+    unit_ms: float
+    middle: int
+    ahead: Cover
+    behind: Cover
+
+    @classmethod
+    def of(cls, problem: Problem, table: np.ndarray, kind: Kind) -> Mixed:
+        """Search. table: [B, n, W + 1] segment costs."""
+        units, unit_ms = latency_units(problem)
+        segments = Segments.of(worthwhile(table, units, kind), units)
+        calls, middle = problem.calls, problem.calls // 2
+        early = segments.starts < middle
+        ahead = cover(segments.where(early), min(middle + table.shape[2] - 1, calls + 1), kind)
+        return cls(problem, unit_ms, middle, ahead, cover(segments.where(~early).mirrored(calls), calls - middle + 1, kind))
+
+    @cached_property
+    def _halves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """([J, Q] costs ahead of each call where the halves may meet, with at most q units; [J, R] behind it; the same, units falling)."""
+        rows = np.arange(self.middle, len(self.ahead.best))
+        ahead = np.minimum.accumulate(self.ahead.lines(rows), axis=1)
+        behind = np.minimum.accumulate(self.behind.lines(self.problem.calls - rows), axis=1)
+        return ahead, behind, behind[:, ::-1].copy()
+
+    def _cheapest(self, budget: int) -> Point | None:
+        """With at most `budget` units; None = impossible."""
+        ahead, behind, falling = self._halves
+        size, rest = ahead.shape[1], behind.shape[1]
+        budget = min(budget, size + rest - 2)
+        first, end = max(0, budget - rest + 1), min(size, budget + 1)
+        if end <= first:
+            return None
+        shift = rest - 1 - budget
+        joined = JOIN[self.ahead.kind](ahead[:, first:end], falling[:, first + shift : end + shift])
+        place, column = divmod(int(joined.argmin()), end - first)
+        if not np.isfinite(cost := float(joined[place, column])):
+            return None
+        spent = _first(ahead[place], first + column), _first(behind[place], budget - first - column)
+        row = self.middle + place
+        return Point(sum(spent) * self.unit_ms, cost, Crossing((row, self.problem.calls - row), spent))
+
+    def points(self, count: int) -> list[Point]:
+        least, most = self._range()
+        sampled = self._falling(np.unique(np.round(np.linspace(least, most, count)).astype(int)).tolist()) if most >= least else []
+        if len(sampled) == count:
+            return sampled
+        every = list(islice(self._descending(most), count))
+        return every[::-1] if len(every) < count else sampled
+
+    def _range(self) -> tuple[int, int]:
+        """Smallest and largest possible budget; the largest is smaller where there is none."""
+        rows = np.arange(self.middle, len(self.ahead.best))
+        rest: np.ndarray = self.problem.calls - rows
+        return int((self.ahead.low[rows] + self.behind.low[rest]).min()), int((self.ahead.high[rows] + self.behind.high[rest]).max())
+
+    def _falling(self, budgets: Iterable[int]) -> list[Point]:
+        found: list[Point] = []
+        for budget in budgets:
+            point = self._cheapest(budget)
+            if point is not None and (not found or point.cost < found[-1].cost):
+                found.append(point)
+        return found
+
+    def _descending(self, budget: int) -> Iterator[Point]:
+        """Every budget where the cost falls, from the largest down."""
+        point = self._cheapest(budget)
+        while point is not None:
+            below = self._cheapest(sum(point.key.units) - 1)
+            if below is None or below.cost > point.cost:
+                yield point
+            point = below
+
+    def best(self, latency_ms: float) -> Point | None:
+        return self._cheapest(self._units(latency_ms * _SLACK))
+
+    def _units(self, latency_ms: float) -> int:
+        """Whole units in a time, at most those of the slowest plan."""
+        return int(min(latency_ms / self.unit_ms + 1e-9, self._range()[1]))
+
+    def stretched(self, point: Point, latency_ms: float) -> Plan:
+        """As `Search.stretched`: units round every segment up, so plans leave time unused."""
+        (plan,) = self.plans([point])
+        while True:
+            larger = self._cheapest(sum(point.key.units) + self._units(latency_ms - plan.latency_ms))
+            if larger is None or larger.cost >= point.cost:
+                return plan
+            (other,) = self.plans([larger])
+            if other.latency_ms > latency_ms * _SLACK:
+                return plan
+            point, plan = larger, other
+
+    def plans(self, points: Sequence[Point]) -> list[Plan]:
+        rows, units = (np.array([getattr(point.key, name) for point in points]).reshape(-1, 2).T for name in ("rows", "units"))
+        ahead, behind = (half.walked(*place) for half, *place in zip((self.ahead, self.behind), rows, units, strict=True))
+        return [self._plan(*paths) for paths in zip(ahead, behind, strict=True)]
+
+    def _plan(self, ahead: list[int], behind: list[int]) -> Plan:
+        first, second = self.ahead.segments, self.behind.segments
+        starts = np.concatenate([first.starts[ahead[::-1]], self.problem.calls - second.ends[behind]])
+        cuts = np.concatenate([first.cuts[ahead[::-1]], second.cuts[behind]])
+        return evaluate(self.problem, tuple(starts.tolist()), tuple(cuts.tolist()))
+
+
+def _first(falling: np.ndarray, column: int) -> int:
+    """The first column with the value of `column`."""
+    return int((falling <= falling[column]).argmax())

@@ -9,7 +9,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from qdm_cli.engine.caching import dp, rules
+from qdm_cli.engine.caching import dp, rules, segments
 
 
 def problem(calls: int = 7, cuts: int = 2, longest: int = 4, seed: int = 0, **fields: object) -> dp.Problem:
@@ -143,6 +143,11 @@ def test_nothing_fits() -> None:
     assert dp.within(problem(), 1.0) is None
 
 
+def test_everything_fits() -> None:
+    found = dp.within(problem(), np.inf)
+    assert found is not None and found.cost == 0
+
+
 def test_no_way_through() -> None:
     with pytest.raises(ValueError, match="no schedule satisfies"):
         dp.pareto(replace(problem(cuts=1), starts=frozenset({0})))
@@ -162,3 +167,69 @@ def test_unmeasured_drift_is_never_used() -> None:
     given = problem(cuts=1, calls=8)
     given.drift[0, :, 2:] = np.nan
     assert all(max(np.diff([*plan.refreshes, 8])) <= 2 for plan in dp.pareto(given))
+
+
+def plainly(given: dp.Problem) -> np.ndarray:
+    """[Q + 1] cheapest cost at most q units, in float64 over every segment of every cut: the search without its short cuts."""
+    table, (units, _) = segments.segment_costs(given, "sum"), segments.latency_units(given)
+    best = np.full((given.calls + 1, given.calls * int(units.max()) + 1), np.inf)
+    best[0, 0] = 0.0
+    for start in range(given.calls):
+        for length in range(1, min(table.shape[2], given.calls - start + 1)):
+            for cut in range(len(table)):
+                spent = units[cut, length]
+                into = best[start + length, spent:]
+                np.minimum(into, best[start, : len(into)] + table[cut, start, length], out=into)
+    return np.minimum.accumulate(best[-1])
+
+
+LONG = {
+    "no constraints": {},
+    "forced at both ends": {"forced": frozenset({1, 2, 28, 29})},
+    "steps of two calls": {"starts": frozenset(range(0, 30, 2))},
+    "errors of many sizes": {"weights": 10.0 ** np.linspace(-6, 2, 30)},
+    "partial calls that take longer than full ones": {"partial_ms": np.array([3.0, 30.0, 70.0, 100.0])},
+}
+
+
+@pytest.mark.parametrize("case", LONG.values(), ids=LONG)
+def test_long_trajectories_are_searched_as_exactly_as_the_plain_way(case: dict[str, object]) -> None:
+    """Two halves, fewer segments and float32 find what every segment in float64 finds, to the digits that float32 has."""
+    given = problem(calls=30, cuts=4, longest=7, **case)  # type: ignore[arg-type]
+    truth, searches = plainly(given), dp.searched(given)
+    for budget in range(int(np.isfinite(truth).argmax()) - 1, 30 * 64 + 60, 23):
+        found = dp.within(given, float(budget), searches)
+        if not np.isfinite(truth[budget]):
+            assert found is None
+        else:
+            assert found is not None and found.latency_ms <= budget
+            assert found.cost == pytest.approx(truth[budget], rel=1e-6, abs=1e-6 * truth[np.isfinite(truth)].max())
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_short_front_is_complete_at_any_number_of_points(case: dict[str, object]) -> None:
+    given = problem(**case)  # type: ignore[arg-type]
+    every = dp.pareto(given, points=10_000)
+    assert len(every) < 60
+    assert dp.pareto(given, points=60) == every
+    few = dp.pareto(given, points=5)
+    assert 2 <= len(few) <= 5 and few[0] == every[0]
+
+
+@pytest.mark.parametrize("kind", ["sum", "max"])
+def test_replaced_segments_are_no_loss(kind: segments.Kind) -> None:
+    """What is left out has a replacement that is left in, and something is left out."""
+    given = problem(calls=9, cuts=3, longest=5)
+    table, (units, _) = segments.segment_costs(given, kind), segments.latency_units(given)
+    kept = segments.worthwhile(table, units, kind)
+    gone = np.argwhere(np.isfinite(table) & np.isinf(kept))
+    assert len(gone) > 20
+    for cut, start, length in gone:
+        costs = np.full((length + 1, units.max() * length + 1), np.inf)
+        costs[0, 0] = 0.0
+        for a in range(length):
+            for b in range(a + 1, length + 1):
+                for other in range(3):
+                    into = costs[b, units[other, b - a] :]
+                    np.minimum(into, segments.JOIN[kind](costs[a, : len(into)], kept[other, start + a, b - a]), out=into)
+        assert costs[-1, : units[cut, length] + 1].min() <= table[cut, start, length]
