@@ -16,12 +16,12 @@ from torch import nn
 from qdm_cli.engine.caching.runtime.clock import Clock
 from qdm_cli.engine.caching.runtime.control import Control, ControlReuse
 from qdm_cli.engine.caching.runtime.follow import Itineraries, Itinerary, Source
+from qdm_cli.engine.caching.runtime.halves import Arguments, Halves, Runner
 from qdm_cli.engine.caching.runtime.kept import Call, Kept, Store
 from qdm_cli.engine.caching.runtime.split import SplitDenoiser
 from qdm_cli.engine.caching.schedule import Action
 from qdm_cli.engine.errors import InputError
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _OURS = "__qdm_cache__"
 _PLACES = ("_old_forward", "forward")
 """Where a module's forward can be replaced: under the offload hook of accelerate, which moves weights first, or plainly."""
@@ -58,14 +58,11 @@ class Cache:
         self._itineraries = Itineraries(source, force=force)
         self._clock = Clock(self._opened)
         self._corrections = dict(corrections or {})
-        self._compiled = None if compiled is None else dict(compiled)
+        self._halves = Halves(source.cuts, compiled)
         self._patched: nn.Module | None = None
         self._control = ControlReuse(self._source_of) if controlnet == "reuse" else None
         self.forward: Any = None
         self._was_enabled: list[bool] = []
-        self._splits: dict[str, SplitDenoiser] = {}
-        self._calls: dict[tuple[str, str], Callable[..., Any]] = {}
-        self._structure: tuple[int, ...] = ()
         self._stores: dict[tuple[int, bool], Store] = {}
         self._kept: dict[int, Kept] = {}
         self._itinerary: Itinerary | None = None
@@ -82,6 +79,20 @@ class Cache:
         found: nn.Module = getattr(self.pipeline, self.component)
         return found
 
+    @property
+    def compiled(self) -> bool:
+        """Whether its functions are compiled by torch."""
+        return self._halves.compiled
+
+    @property
+    def runner(self) -> Runner | None:
+        """Who runs its functions; None = it does."""
+        return self._halves.runner
+
+    @property
+    def _splits(self) -> dict[str, SplitDenoiser]:
+        return self._halves.splits
+
     # ------------------------------------------------------------ switching on and off
 
     def enable(self) -> Cache:
@@ -93,8 +104,8 @@ class Cache:
         if self._patched is not None:
             return self
         denoiser = self.denoiser
-        place, before = _patchable(denoiser)
-        self._rebuild(denoiser)
+        place, before = _patchable(denoiser, compiled=self.compiled)
+        self._halves.cut(denoiser)
 
         @wraps(before)  # its signature is read: the step context looks for `timestep`
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -123,7 +134,19 @@ class Cache:
             self._control.detach()
         self._clock.release()
         self._forget()
-        self._splits, self._calls, self._structure, self._stores = {}, {}, (), {}
+        self._halves.forget()
+        self.run_by(None)
+
+    def run_by(self, runner: Runner | None) -> None:
+        """Let CUDA graphs, say, run the functions from now on, and give calls of the model to `answer`; None = no longer."""
+        self._halves.run_by(runner)
+        self._kept.clear()
+        self._stores.clear()
+
+    def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stands for a whole call of the denoiser, hooks and all, once somebody runs its functions."""
+        assert self.runner is not None
+        return self._answer(self.denoiser.forward, args, kwargs)
 
     def __enter__(self) -> Cache:
         self._was_enabled.append(self._patched is not None)
@@ -158,8 +181,8 @@ class Cache:
         self._itinerary = None  # of() may raise
         self._itinerary = self._itineraries.of(scheduler)
         self._counts["trajectories"] += 1
-        if self._patched is not None and self._structure != _structure(self._patched):
-            self._rebuild(self._patched)
+        if self._patched is not None:
+            self._halves.cut(self._patched)
 
     def _forget(self) -> None:
         self._kept.clear()
@@ -167,18 +190,13 @@ class Cache:
             self._control.forget()
         self.taken.clear()
 
-    def _rebuild(self, denoiser: nn.Module) -> None:
-        """Cut the model anew: its layers were replaced, as adapters do."""
-        self._splits = {cut.id: SplitDenoiser(denoiser, cut) for cut in self.source.cuts}
-        self._calls, self._structure = {}, _structure(denoiser)
-
     def _answer(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands for the denoiser's forward."""
         self._follow()
         place = self._clock.place(kwargs["timestep"] if "timestep" in kwargs else args[self._timestep_at])
         if place is None or self._itinerary is None:
             self._counts["outside" if place is None else "full"] += 1
-            return original(*args, **kwargs)
+            return self._halves.whole(original, (args, kwargs))
         call, branch = place
         action = self._itinerary.actions[call]
         try:
@@ -229,12 +247,12 @@ class Cache:
         self._note(action, branch, "full")
         before = self._kept.pop(branch, None)
         if action.cut is None:  # nothing reuses it
-            return original(*call[0], **call[1])
-        split = self._splits[action.cut]
-        output, feature = split.run_full(self._function(split, "full"), *call)
+            return self._halves.whole(original, call)
+        output, feature = self._halves.full(action.cut, call)
         linear = self._itinerary is not None and self._itinerary.linear
         place = (branch, bool(linear and before is not None and before.place == (branch, False)))
-        store = self._stores.setdefault(place, Store(int8=split.cut.store_dtype == "int8", fixed=self._compiled is not None))
+        int8 = self._splits[action.cut].cut.store_dtype == "int8"
+        store = self._stores.setdefault(place, Store(int8=int8, fixed=self._halves.fixed))
         store.put(feature)
         usable = linear and before is not None and before.cut == action.cut and before.call.change_to(given) is None
         self._kept[branch] = Kept(store, action.cut, action.call, given, place, replace(before, before=None) if before and usable else None)
@@ -242,9 +260,8 @@ class Cache:
 
     def _partial(self, action: Action, branch: int, call: Arguments) -> Any:
         self._note(action, branch, "partial")
-        split = self._splits[str(action.cut)]
         feature = self._corrected(action, self._kept[branch].at(action.call if action.order else None))
-        return split.run_partial(self._function(split, "partial"), feature, call[0], split.partial_arguments(call[1]))
+        return self._halves.partial(str(action.cut), feature, call)
 
     def _note(self, action: Action, branch: int, kind: str) -> None:
         self._counts[kind] += 1
@@ -263,14 +280,6 @@ class Cache:
         shift, factor = rows
         return torch.addcmul(shift, feature, factor)
 
-    def _function(self, split: SplitDenoiser, kind: str) -> Callable[..., Any]:
-        """Bare forward of one half, compiled if asked; hooks of the model have run already."""
-        key = (split.cut.id, kind)
-        if key not in self._calls:
-            plain = (split.full_model if kind == "full" else split.partial_model).forward
-            self._calls[key] = plain if self._compiled is None else torch.compile(plain, **self._compiled)
-        return self._calls[key]
-
 
 def cache_of(forward: Any) -> Cache | None:
     """The cache that answers for a forward; None = none does."""
@@ -284,7 +293,7 @@ def active_cache(denoiser: nn.Module) -> Cache | None:
     return next((found for place in _PLACES if (found := cache_of(vars(denoiser).get(place))) is not None), None)
 
 
-def _patchable(denoiser: nn.Module) -> tuple[str, Callable[..., Any]]:
+def _patchable(denoiser: nn.Module, *, compiled: bool) -> tuple[str, Callable[..., Any]]:
     """(attribute to replace, function that it holds now).
 
     Raises:
@@ -293,7 +302,10 @@ def _patchable(denoiser: nn.Module) -> tuple[str, Callable[..., Any]]:
     name = type(denoiser).__name__
     if active_cache(denoiser) is not None:
         raise InputError(f"this {name} runs along a cache schedule already; disable that one first, or use it: qdm_cli.cached(pipeline)")
-    if getattr(denoiser, "_compiled_call_impl", None) is not None:
+    outer = getattr(denoiser, "_compiled_call_impl", None)
+    if compiled and getattr(outer, "follows_caches", False):
+        raise InputError(f"this {name} is replayed from CUDA graphs: its halves cannot be compiled as well, give cached() without compile")
+    if outer is not None and not getattr(outer, "follows_caches", False):
         raise InputError(f"this {name} is compiled as a whole, which hides the cut; give the plain model and cached(..., compile=True)")
     if "_old_forward" in vars(denoiser):
         return "_old_forward", denoiser._old_forward
@@ -301,8 +313,3 @@ def _patchable(denoiser: nn.Module) -> tuple[str, Callable[..., Any]]:
     if getattr(vars(denoiser).get("forward", denoiser.forward), "__func__", None) is not type(denoiser).forward:
         raise InputError(f"the forward of this {name} was replaced by something else (another cache?); undo that first")
     return "forward", denoiser.forward
-
-
-def _structure(denoiser: nn.Module) -> tuple[int, ...]:
-    """Changes when any module of the model is replaced."""
-    return tuple(map(id, denoiser.modules()))
