@@ -35,7 +35,8 @@ def load(
             `qdm_cli.cached(pipeline)`.
         device: such as `cuda`: where the whole pipeline goes; None = where diffusers puts it.
         graphs: replay the denoiser from CUDA graphs, one per shape of its inputs, kept up to four at a time: several times faster than
-            eager calls of small models, without torch.compile. Not together with a cache schedule (`cache=False`) or CPU offload.
+            eager calls of small models, without torch.compile. Along a cache schedule, one more for each half of a cut. Not together with
+            CPU offload.
         kwargs: handed to `DiffusionPipeline.from_pretrained`, such as `dtype` or `device_map`.
 
     Raises:

@@ -2,6 +2,9 @@
 
 A graph is captured at the first call of its kind (shapes, dtypes and other arguments) over tensors of its own, into which later calls
 are copied. The denoising step, a tensor like others, is read on the device. Keys and values of an unchanged prompt are computed once.
+
+Along a cache schedule the host decides what each call does, and so which function is replayed: the whole denoiser, or one half of a cut
+(caching spec 6). What is kept between calls is copied out of the graphs, and corrected by the number of the call outside of them.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qdm_cli.engine.caching.runtime import Cache, active_cache
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.runtime import gpu
 from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import Kept, PerPrompt
 
 LIMIT = 4
-"""Graphs kept at a time, each with the activations of one call: the least recently used one goes."""
+"""Graphs kept at a time of each function, each with the activations of one call: the least recently used one goes."""
 _WARM_UP = 2  # calls before a capture: kernels compile, libraries choose
 
 
@@ -33,7 +37,7 @@ class Capture:
 
     Attributes:
         inputs: its own tensors, one for each tensor among the arguments.
-        output: of the denoiser, overwritten by every replay.
+        output: of the function, overwritten by every replay.
         forms: what the packed layers held when it was captured; a graph reads their memory.
         prompts: layers that are computed once per prompt, outside of the graph: (layer, its input, its output).
         last: which tensor each input was copied from, so that an unchanged prompt is not copied again.
@@ -48,15 +52,18 @@ class Capture:
 
 
 class Graphs:
-    """What `denoiser(...)` runs in place of its hooks and forward: replays where it can, else the denoiser itself.
+    """What `denoiser(...)` runs in place of its hooks and forward: replays where it can, else the denoiser itself; along a cache schedule,
+    switched on before or after, the functions that it asks for.
 
     Args:
         denoiser: has packed layers.
-        limit: graphs kept at a time.
+        limit: graphs kept at a time of each function: one of a denoiser, and two more for every cut of a schedule.
 
     Raises:
         InputError: something has replaced its forward or compiled it, or nothing in it is packed.
     """
+
+    follows_caches = True  # a cache may be switched on below
 
     def __init__(self, denoiser: nn.Module, limit: int = LIMIT):
         if why := why_not(denoiser):
@@ -65,6 +72,7 @@ class Graphs:
         self._layers = [layer for layer in denoiser.modules() if isinstance(layer, PackedLayer)]
         self._step_position = list(inspect.signature(denoiser.forward).parameters).index("timestep")
         self._captures: OrderedDict[Any, Capture | None] = OrderedDict()
+        self._cache: Cache | None = None
         self._pool: Any = None
 
     def enable(self) -> Graphs:
@@ -75,25 +83,50 @@ class Graphs:
     def disable(self) -> None:
         """Calls run as before, and the memory of the graphs is free."""
         self._denoiser._compiled_call_impl = None
+        self._follow(None)
         self._captures.clear()
 
     def __len__(self) -> int:
         return sum(capture is not None for capture in self._captures.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec = pytree.tree_flatten(self._with_tensor_step(args, kwargs))
+        args, kwargs = self._with_tensor_step(args, kwargs)
+        self._follow(active_cache(self._denoiser))
+        return self.run(self._denoiser._call_impl, args, kwargs) if self._cache is None else self._cache.answer(args, kwargs)
+
+    def _follow(self, cache: Cache | None) -> None:
+        """Run the functions of the cache that is switched on now, and of no other."""
+        if self._cache is not None and self._cache is not cache and self._cache.runner is self:
+            self._cache.run_by(None)
+        self._cache = cache
+        if cache is not None and cache.runner is not self:
+            cache.run_by(self)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`function(*args, **kwargs)` from its graph, whose tensors are copied out; other leaves are given as the capture left them."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
         if not self._replays(leaves):
-            return self._denoiser._call_impl(*args, **kwargs)
-        key = (spec, *map(_kind, leaves))
+            return function(*args, **kwargs)
+        key = (function, spec, *map(_kind, leaves))
         if key not in self._captures or not self._is_current(self._captures[key]):
-            self._captures[key] = self._captured(leaves, spec)
-            while len(self._captures) > self._limit:
-                self._captures.popitem(last=False)
+            self._captures[key] = self._captured(function, leaves, spec)
         self._captures.move_to_end(key)
+        while len(self._captures) > self._most:
+            self._captures.popitem(last=False)
         capture = self._captures[key]
         if capture is None:
-            return self._denoiser._call_impl(*args, **kwargs)
+            return function(*args, **kwargs)
         return _replayed(capture, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+    def drop(self, functions: Iterable[Callable[..., Any]]) -> None:
+        """Free the graphs of these functions."""
+        gone = list(functions)
+        for key in [key for key in self._captures if key[0] in gone]:
+            del self._captures[key]
+
+    @property
+    def _most(self) -> int:
+        return self._limit * (1 if self._cache is None else 1 + 2 * len(self._cache.source.cuts))
 
     def _with_tensor_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A timestep that is a number would be another kind of call at every step."""
@@ -116,14 +149,14 @@ class Graphs:
         return capture is None or all(form is layer._form for form, layer in zip(capture.forms, self._layers, strict=True))
 
     @torch.no_grad()
-    def _captured(self, leaves: list[Any], spec: Any) -> Capture | None:
+    def _captured(self, function: Callable[..., Any], leaves: list[Any], spec: Any) -> Capture | None:
         device = self._layers[0].weight.device
         own = [leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         inputs = [leaf for leaf in own if isinstance(leaf, Tensor)]
         args, kwargs = pytree.tree_unflatten(own, spec)
 
         def call() -> Any:
-            return self._denoiser._call_impl(*args, **kwargs)
+            return function(*args, **kwargs)
 
         _on_another_stream(call)
         prompts = self._prompts(inputs)
@@ -198,8 +231,11 @@ def why_not(denoiser: nn.Module) -> str | None:
     """Why calls of a denoiser cannot be replayed; None = they can, once it is on a GPU."""
     if not any(isinstance(layer, PackedLayer) for layer in denoiser.modules()):
         return "it has no packed layers; export it first"
-    if "forward" in vars(denoiser):
-        return "its forward is replaced, by a cache schedule or an offload hook, whose decisions a graph would freeze"
+    cache = active_cache(denoiser)
+    if cache is not None and cache.compiled:
+        return "it follows a cache whose functions are compiled; compile=dict(mode='reduce-overhead') has graphs of its own"
+    if "_old_forward" in vars(denoiser) or ("forward" in vars(denoiser) and cache is None):
+        return "its forward is replaced, by an offload hook or another cache, whose decisions a graph would freeze"
     if isinstance(denoiser._compiled_call_impl, Graphs):
         return "they are switched on already"
     if denoiser._compiled_call_impl is not None:

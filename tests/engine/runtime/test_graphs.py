@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,34 +11,10 @@ from torch import nn
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models.tiny import tiny_denoiser
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
-from qdm_cli.engine.runtime import choice, gpu, graphs
-from qdm_cli.engine.runtime.choice import Machine
+from qdm_cli.engine.runtime import graphs
 from qdm_cli.engine.runtime.graphs import Graphs
 from qdm_cli.engine.runtime.modules import pack_denoiser_
 from qdm_cli.engine.runtime.tune import in_mode
-
-
-def record(call: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-    output = call()
-
-    def replay() -> None:
-        output[0].copy_(call()[0])
-
-    return replay, output
-
-
-@pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """CPU tensors take the way of CUDA tensors; one entry per capture."""
-    monkeypatch.setattr(gpu, "is_gpu", lambda device: device.type == "cpu")
-    monkeypatch.setattr(gpu, "possible", lambda: True)
-    monkeypatch.setattr(Machine, "of", classmethod(lambda cls, device, op: cls("cuda", (9, 0), triton=True)))
-    monkeypatch.setattr(choice, "_CUDA", ())
-    count: list[int] = []
-    monkeypatch.setattr(graphs, "record", lambda call, pool: (count.append(1), record(call, pool))[1])
-    monkeypatch.setattr(graphs, "_on_another_stream", lambda call: [call() for _ in range(2)])
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
-    return count
 
 
 @pytest.fixture
