@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdm_cli.engine.errors import EnvironmentProblem, InputError
 from qdm_cli.engine.runtime.registration import register, registration_status
+
+if TYPE_CHECKING:
+    from qdm_cli.engine.runtime.choice import Mode
 
 
 def open_pipeline(
@@ -28,44 +31,31 @@ def open_pipeline(
         scales: a personalisation to apply: a scale file, or the folder of `qdm finetune` that holds one; None = as exported.
         cache: True = follow the folder's schedule, if it has one; False = none; or a schedule to follow instead.
         device: where the whole pipeline goes; None = where diffusers puts it.
-        graphs: replay the denoiser from CUDA graphs.
+        graphs: replay the denoiser from CUDA graphs, along the schedule as well.
 
     Raises:
-        InputError: no such folder, an artifact that is not exported yet, a lone component, corrupt files, an unknown mode, scales or a
-            schedule that belong to another model, or graphs together with a schedule.
+        InputError: no such folder, an artifact that is not exported yet, a lone component, corrupt files, an unknown mode, or scales or a
+            schedule that belong to another model.
         EnvironmentProblem: this diffusers does not take qdm's quantizer.
     """
     folder = check_export(folder)
-    from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
-
     from qdm_cli.engine.caching.runtime import cached
     from qdm_cli.engine.caching.schedule import SCHEDULE_FILE
     from qdm_cli.engine.models.denoiser import find_denoiser
     from qdm_cli.engine.quant.scale_set import read_scales
     from qdm_cli.engine.runtime.choice import default_mode
-    from qdm_cli.engine.runtime.packed import PackedLayer
     from qdm_cli.engine.runtime.scales import apply_scales_
-    from qdm_cli.engine.runtime.tune import tune_
 
-    register()
-    status = registration_status()
-    if status["state"] != "registered":
-        raise EnvironmentProblem(f"qdm is not registered with diffusers: {status['why']}")
+    _register()
     try:
         chosen = default_mode(mode)
     except ValueError as error:
         raise InputError(str(error)) from None
     personal = None if scales is None else read_scales(scales)
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be loaded: {error}") from error
+    pipeline = _from_pretrained(folder, kwargs)
     if personal is not None:
         apply_scales_(find_denoiser(pipeline)[1], personal, str(scales))
-    for part in pipeline.components.values():
-        if any(isinstance(layer, PackedLayer) for layer in getattr(part, "modules", tuple)()):
-            tune_(part, chosen)
+    _tune_(pipeline, chosen)
     place = folder if cache is True else cache
     if place and (cache is not True or (folder / SCHEDULE_FILE).is_file()):
         cached(pipeline, place).enable()
@@ -74,14 +64,41 @@ def open_pipeline(
     return graphed(pipeline) if graphs else pipeline
 
 
+def _register() -> None:
+    register()
+    status = registration_status()
+    if status["state"] != "registered":
+        raise EnvironmentProblem(f"qdm is not registered with diffusers: {status['why']}")
+
+
+def _from_pretrained(folder: Path, kwargs: dict[str, Any]) -> Any:
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    try:
+        return DiffusionPipeline.from_pretrained(folder, **kwargs)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be loaded: {error}") from error
+
+
+def _tune_(pipeline: Any, mode: Mode) -> None:
+    """Choose the arithmetic of every part that has packed layers."""
+    from qdm_cli.engine.runtime.packed import PackedLayer
+    from qdm_cli.engine.runtime.tune import tune_
+
+    for part in pipeline.components.values():
+        if any(isinstance(layer, PackedLayer) for layer in getattr(part, "modules", tuple)()):
+            tune_(part, mode)
+
+
 def graphed(pipeline: Any, *, limit: int | None = None) -> Any:
-    """Replay the denoiser of a pipeline from CUDA graphs; returns the pipeline.
+    """Replay the denoiser of a pipeline from CUDA graphs; returns the pipeline. A cache may be switched on before or after.
 
     Args:
-        limit: graphs kept at a time; None = `graphs.LIMIT`.
+        limit: graphs kept at a time of each function: the denoiser, and two more for every cut of a cache; None = `graphs.LIMIT`.
 
     Raises:
-        InputError: the denoiser has no packed layers, follows a cache schedule, is offloaded, or is compiled.
+        InputError: the denoiser has no packed layers, is offloaded, or is compiled, by itself or along a cache.
     """
     from qdm_cli.engine.models.denoiser import find_denoiser
     from qdm_cli.engine.runtime.graphs import LIMIT, Graphs
