@@ -138,9 +138,6 @@ def searched(problem: Problem, table: np.ndarray | None = None) -> Searches:
     return [OneCut(problem, b, best[b], back[b]) for b in cuts]
 
 
-# ---------------------------------------------------------------- one cut
-
-
 @dataclass(frozen=True)
 class OneCut:
     """All numbers of full calls of one cut.
@@ -200,9 +197,6 @@ def forward_each(table: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray]
         best[:, j, 1 : j + 1] = np.take_along_axis(joined, chosen[:, None], axis=1)[:, 0]
         back[:, j, 1 : j + 1] = chosen + starts[0]
     return best, back
-
-
-# ---------------------------------------------------------------- several cuts
 
 
 @dataclass(frozen=True)

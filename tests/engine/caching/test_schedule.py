@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from qdm_cli.engine.artifact import hash_file
 from qdm_cli.engine.caching import schedule as s
+from qdm_cli.engine.caching.fit import check_fits, resample
 from qdm_cli.engine.errors import InputError
 
 MODEL = s.ModelRef(class_="UNet2DModel", config_sha256="a" * 64, weights_sha256="b" * 64)
@@ -118,15 +119,15 @@ def test_changed_corrections_are_refused(tmp_path: Path) -> None:
 
 def test_another_model_or_sampler_is_refused_with_the_difference() -> None:
     schedule = make()
-    s.check_fits(schedule, MODEL, grid(10))
-    s.check_fits(schedule, MODEL.model_copy(update={"quant_sha256": "c" * 64}), grid(10))
+    check_fits(schedule, MODEL, grid(10))
+    check_fits(schedule, MODEL.model_copy(update={"quant_sha256": "c" * 64}), grid(10))
     with pytest.raises(InputError, match="another model: config_sha256 aaaaaaaaaaaa, not dddddddddddd"):
-        s.check_fits(schedule, MODEL.model_copy(update={"config_sha256": "d" * 64}))
+        check_fits(schedule, MODEL.model_copy(update={"config_sha256": "d" * 64}))
     with pytest.raises(InputError, match="another sampler: steps 10, not 20"):
-        s.check_fits(schedule, MODEL, grid(20))
+        check_fits(schedule, MODEL, grid(20))
     moved = grid(10).model_copy(update={"timesteps": tuple(float(i) for i in range(10))})
     with pytest.raises(InputError, match="other timesteps"):
-        s.check_fits(schedule, None, moved)
+        check_fits(schedule, None, moved)
 
 
 def test_the_private_part_of_a_configuration_does_not_count() -> None:
@@ -138,7 +139,7 @@ def test_the_private_part_of_a_configuration_does_not_count() -> None:
 def test_resampling_keeps_noise_levels(refreshes: set[int], calls: int) -> None:
     """Each new full call is the nearest in log-SNR to an old one, and the other way round."""
     old = s.schedule_from_refreshes(tuple(refreshes), cuts=CUTS, model=MODEL, sampler=grid(20), verified=s.Figures(speedup=2.0))
-    new = s.resample(old, grid(calls))
+    new = resample(old, grid(calls))
     levels, targets = [old.sampler.log_snr[call] for call in old.refreshes], new.sampler.log_snr
     nearest = {min(range(calls), key=lambda call: (abs(targets[call] - level), call)) for level in levels}
     assert set(new.refreshes) == nearest | {0}
@@ -147,19 +148,19 @@ def test_resampling_keeps_noise_levels(refreshes: set[int], calls: int) -> None:
 
 def test_resampling_to_the_same_grid_changes_no_action() -> None:
     schedule = make(of_segment=("up1", "up3", "up1"))
-    assert s.resample(schedule, schedule.sampler).actions == schedule.actions
+    assert resample(schedule, schedule.sampler).actions == schedule.actions
 
 
 def test_resampling_follows_the_noise_and_not_the_index() -> None:
     """A grid that spends most calls at high noise: the middle of the old one lies near its end."""
     uneven = grid(10).model_copy(update={"log_snr": (-8.0, -7.9, -7.8, -7.7, -7.6, -7.5, -7.4, -7.3, 0.0, 8.0)})
-    assert s.resample(make((0, 5)), uneven).refreshes == (0, 8)
+    assert resample(make((0, 5)), uneven).refreshes == (0, 8)
 
 
 def test_resampling_keeps_refreshes_at_the_start_of_a_step() -> None:
     heun = grid(19, per_step=2)
     schedule = s.schedule_from_refreshes((0, 4, 8), cuts=CUTS, model=MODEL, sampler=heun)
-    assert all(call % 2 == 0 for call in s.resample(schedule, grid(39, per_step=2)).refreshes)
+    assert all(call % 2 == 0 for call in resample(schedule, grid(39, per_step=2)).refreshes)
 
 
 @pytest.mark.parametrize("refreshes", [(0, 10), (-1,)])

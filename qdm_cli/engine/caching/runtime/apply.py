@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from qdm_cli.engine.caching.fit import check_fits
 from qdm_cli.engine.caching.runtime.cache import Cache, active_cache
 from qdm_cli.engine.caching.runtime.control import Control
 from qdm_cli.engine.caching.runtime.follow import EveryNth, FromSchedule, Source
 from qdm_cli.engine.caching.runtime.split import candidate_cuts, find_cut
-from qdm_cli.engine.caching.schedule import ModelRef, Schedule, check_fits, hash_config, read_schedule
+from qdm_cli.engine.caching.schedule import ModelRef, Schedule, hash_config, read_schedule
 from qdm_cli.engine.checkpoint import read_tensors
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models.denoiser import find_denoiser

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from qdm_cli.engine.caching import rules
 from qdm_cli.engine.caching.config import FEW_STEPS
-from qdm_cli.engine.caching.schedule import Action, Cut, SamplerRef, Schedule, make_actions, resample
+from qdm_cli.engine.caching.fit import resample
+from qdm_cli.engine.caching.schedule import Action, Cut, SamplerRef, Schedule, make_actions
 from qdm_cli.engine.caching.trace import sampler_at
 from qdm_cli.engine.errors import InputError
 
