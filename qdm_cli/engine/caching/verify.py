@@ -31,14 +31,21 @@ class Samples:
     seconds: float
 
 
-def sample(loop: Loop, count: int, batch: int, applied: AbstractContextManager[Any] | None = None) -> Samples:
-    """The held-out samples of one model, inside `applied` (a cache; None = none)."""
+def sample(
+    loop: Loop,
+    count: int,
+    batch: int,
+    applied: AbstractContextManager[Any] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Samples:
+    """The held-out samples of one model, inside `applied` (a cache; None = none). progress: is told the number of samples so far."""
     images, latents, started = [], [], time.perf_counter()
     with applied or nullcontext(), last_latents(loop.loaded.pipeline) as latest:
         for part in batches(loop.loaded, loop.sampler, count=count, batch=batch, start=VERIFY_START, prompts=loop.prompts, seed=loop.seed):
             images.append(part)
             # two-pass guidance of DiT carries both halves
             latents.append(latest[0][: len(part)].float().cpu())
+            progress(sum(map(len, images)))
     return Samples(torch.cat(images), torch.cat(latents), time.perf_counter() - started)
 
 

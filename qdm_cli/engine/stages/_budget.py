@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from qdm_cli.engine.caching.config import CacheBudget, CacheVerify, DpConfig
 from qdm_cli.engine.caching.drive import Loop, following
 from qdm_cli.engine.caching.latency import Latency
 from qdm_cli.engine.caching.planner import Subject, planned
+from qdm_cli.engine.caching.runtime import Cache
 from qdm_cli.engine.caching.schedule import Schedule
 from qdm_cli.engine.diffusion.prompts import CAPTIONS, prompts_for
 from qdm_cli.engine.diffusion.sampling import batches
@@ -23,6 +25,7 @@ from qdm_cli.engine.evaluation.clip import load_clip
 from qdm_cli.engine.evaluation.distribution import Extractor, extract, fashion_extractor, inception_extractor, shipped_reference
 from qdm_cli.engine.evaluation.frechet import Gaussian, frechet_distance, gaussian_of
 from qdm_cli.engine.evaluation.images import PairedMetrics, load_lpips
+from qdm_cli.engine.stages._judge import Models, Tables
 
 if TYPE_CHECKING:
     from qdm_cli.engine.context import RunContext
@@ -52,38 +55,56 @@ class Criterion:
         return value >= self.limit if self.least else value <= self.limit
 
 
-def of_quality(
-    spec: DpConfig, own: Loop, base: Loop, subject: Subject, curve: list[dp.Plan], latency: Latency, ctx: RunContext
-) -> Schedule:
-    """The fastest schedule of the curve that keeps the budget against the same model uncached.
+Complete = Callable[[Schedule], tuple[Schedule, Tables]]
+"""A planned schedule as it will be written, and the tables of its corrections."""
 
-    Args:
-        own: the model that will run; `base`: the full-precision one.
+
+def of_quality(
+    spec: DpConfig,
+    models: Models,
+    subject: Subject,
+    curve: list[dp.Plan],
+    latency: Latency,
+    complete: Complete,
+    ctx: RunContext,
+) -> tuple[Schedule, Tables]:
+    """The fastest schedule of the curve that keeps the budget against the same model uncached, as it will run: completed.
 
     Raises:
-        GateFailed: not even the slowest does.
+        GateFailed: none does that reuses anything.
         EnvironmentProblem: what the budget is measured with is not on this machine.
         InputError: a budget that this pipeline has no figure for.
     """
-    check = spec.verify or CacheVerify()
-    truth = verify.sample(own, check.samples, check.batch)
-    criterion = criterion_of(spec.budget, check, truth, base, ctx)
+    check, own = spec.verify or CacheVerify(), models.own
+    sampled = partial(_sampled, own, check, ctx)
+    criterion = criterion_of(spec.budget, check, sampled(), models.base, ctx)
+    reusing = [plan for plan in curve if len(plan.refreshes) < subject.sampler.calls]
+    completed: dict[int, tuple[Schedule, Tables]] = {}
     reached: dict[int, str] = {}
 
     def passes(index: int) -> bool:
-        schedule = planned(curve[index], curve, spec, subject, latency)
-        value = criterion.measure(verify.sample(own, check.samples, check.batch, following(own, schedule)))
-        speedup = latency.full_ms * subject.sampler.calls / curve[index].latency_ms
+        completed[index] = complete(planned(reusing[index], curve, spec, subject, latency))
+        value = criterion.measure(sampled(following(own, *completed[index])))
+        speedup = latency.full_ms * subject.sampler.calls / reusing[index].latency_ms
         reached[index] = f"{speedup:.2f}x: {criterion.name} {value:.4g}"
-        ctx.events.log(f"budget: {reached[index]}")
+        ctx.events.log(f"budget: {reached[index]}, {'kept' if criterion.kept(value) else 'not kept'}")
         return criterion.kept(value)
 
-    index = verify.bisected(len(curve), passes)
-    if index is None:
-        raise GateFailed(
-            f"cache.budget: no schedule keeps it; the slowest reaches {reached[len(curve) - 1]}. Allow more error or more cuts."
-        )
-    return planned(curve[index], curve, spec, subject, latency)
+    index = verify.bisected(len(reusing), passes) if reusing else None
+    if index is not None:
+        return completed[index]
+    nearest = f"the slowest reaches {reached[len(reusing) - 1]}" if reusing else "none is faster than the uncached model"
+    text = f"cache.budget: no schedule that reuses anything keeps {criterion.name} {criterion.limit:g}; {nearest}"
+    if not (ctx.smoke and reusing):
+        raise GateFailed(f"{text}. Allow more error or more cuts.")
+    ctx.warn(text)
+    return completed[len(reusing) - 1]
+
+
+def _sampled(own: Loop, check: CacheVerify, ctx: RunContext, cache: Cache | None = None) -> verify.Samples:
+    """Held-out samples of the model that will run, with its progress; None = uncached."""
+    task = "budget: held-out samples"
+    return verify.sample(own, check.samples, check.batch, cache, lambda done: ctx.events.progress(task, done, check.samples))
 
 
 def criterion_of(budget: CacheBudget, check: CacheVerify, truth: verify.Samples, base: Loop, ctx: RunContext) -> Criterion:

@@ -229,15 +229,12 @@ def plan(spec: DpConfig, models: Models, subject: Subject, latency: Latency, ctx
         elif spec.refine:
             loop = replace(models.own if spec.plan_on == "deployed" else models.base, prompts=_prompts(spec.data.prompts))
             found = measured_best(spec, loop, batches_of(spec), subject, (errors, weights), latency, limit, ctx)
-        schedule = planned(found, curve, spec, subject, latency)
+        schedule, tables = completed(spec, models, planned(found, curve, spec, subject, latency), ctx)
     else:
-        schedule = of_quality(spec, models.own, models.base, subject, curve, latency, ctx)
-    if spec.predict == "linear":
-        schedule = extrapolated(spec, models, schedule, ctx)
+        schedule, tables = of_quality(spec, models, subject, curve, latency, lambda plain: completed(spec, models, plain, ctx), ctx)
     write_plots(errors, schedule, subject, uncached, ctx)
     provenance = schedule.provenance.model_copy(update={"profile_sha256": hash_file(ctx.payload / profile.PROFILE_FILE)})
-    schedule = schedule.model_copy(update={"provenance": provenance})
-    return corrected(spec, models.own, schedule, ctx) if spec.correction == "dec" and spec.predict == "reuse" else schedule
+    return with_tables(schedule.model_copy(update={"provenance": provenance}), tables, ctx)
 
 
 def profiled(spec: DpConfig, models: Models, subject: Subject, ctx: RunContext) -> np.ndarray:
@@ -289,6 +286,13 @@ def weighed(spec: DpConfig, loop: Loop, subject: Subject, ctx: RunContext) -> np
     return np.asarray(json.loads(path.read_text(encoding="utf-8")))
 
 
+def completed(spec: DpConfig, models: Models, schedule: Schedule, ctx: RunContext) -> tuple[Schedule, Tables]:
+    """The schedule with extrapolation where it helps, or else with tables of corrections; empty = none."""
+    if spec.predict == "linear":
+        return extrapolated(spec, models, schedule, ctx), {}
+    return schedule, corrections_of(spec, models.own, schedule) if spec.correction == "dec" else {}
+
+
 def extrapolated(spec: DpConfig, models: Models, schedule: Schedule, ctx: RunContext) -> Schedule:
     """The schedule with linear extrapolation where it is measured to be nearer than plain reuse."""
     loop = replace(models.own, prompts=_prompts(spec.data.prompts))
@@ -300,17 +304,12 @@ def extrapolated(spec: DpConfig, models: Models, schedule: Schedule, ctx: RunCon
     return found
 
 
-def corrected(spec: DpConfig, loop: Loop, schedule: Schedule, ctx: RunContext) -> Schedule:
-    """The schedule with per-step scales and shifts of its reused tensors."""
+def corrections_of(spec: DpConfig, loop: Loop, schedule: Schedule) -> Tables:
+    """Per-step scales and shifts of the schedule's reused tensors."""
     reused = {action.call: (str(action.cut), int(action.source or 0)) for action in schedule.actions if action.action == "partial"}
-    tables = profile.corrections(
+    return profile.corrections(
         replace(loop, prompts=_prompts(spec.data.prompts)), reused, list(schedule.cuts), schedule.sampler.calls, batches_of(spec)
     )
-    if not tables:
-        return schedule
-    path = ctx.payload / CORRECTIONS_FILE
-    write_tensors(path, tables)
-    return schedule.model_copy(update={"corrections": Corrections(file=path.name, sha256=hash_file(path), kind="dec")})
 
 
 # ---------------------------------------------------------------- files
@@ -331,6 +330,15 @@ def write_files(schedule: Schedule, latency: Latency, ctx: RunContext) -> None:
     (ctx.payload / "schedule.png").write_bytes(plots.strip(schedule))
     if all(cut.kind == "block_residual" for cut in schedule.cuts):  # cache-dit has no form for U-Nets
         write_json(ctx.payload / CACHE_DIT_FILE, emit.cache_dit(schedule))
+
+
+def with_tables(schedule: Schedule, tables: Tables, ctx: RunContext) -> Schedule:
+    """The schedule that names the file of its corrections, which is written; empty tables = it has none."""
+    if not tables:
+        return schedule
+    path = ctx.payload / CORRECTIONS_FILE
+    write_tensors(path, dict(tables))
+    return schedule.model_copy(update={"corrections": Corrections(file=path.name, sha256=hash_file(path), kind="dec")})
 
 
 def copy_state(source: Artifact | None, ctx: RunContext) -> None:

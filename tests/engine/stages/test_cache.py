@@ -15,7 +15,7 @@ from PIL import Image
 from qdm_cli.engine.artifact import Artifact, Manifest, hash_file
 from qdm_cli.engine.caching.latency import Latency
 from qdm_cli.engine.caching.schedule import Schedule, read_schedule
-from qdm_cli.engine.context import RunContext, StageResult
+from qdm_cli.engine.context import RunContext, Silent, StageResult
 from qdm_cli.engine.errors import GateFailed, InputError
 from qdm_cli.engine.models import load_pipeline
 from qdm_cli.engine.quant.calibration import RangeRule
@@ -184,6 +184,34 @@ class TestPlanning:
         bench = Bench(tmp_path, {"method": "dp", "budget": {"speedup": 50.0}, **PLAIN, **SMALL}, measured=measured)
         with pytest.raises(GateFailed, match=r"cannot be reached: the fastest schedule takes .* Allow longer intervals"):
             bench.run()
+
+    @pytest.mark.parametrize("settings", [{"correction": "dec"}, {"predict": "linear"}], ids=["corrections", "extrapolation"])
+    def test_an_error_budget_is_kept_by_what_is_written(self, tmp_path: Path, measured: Path, settings: dict[str, Any]) -> None:
+        """The figure of the budget is that of the schedule with its corrections or extrapolation, as the verification finds it again."""
+
+        lines: list[str] = []
+
+        class Said(Silent):
+            def log(self, message: str) -> None:
+                lines.append(message)
+
+        section = {"method": "dp", "budget": {"latent_error": 0.3}, "verify": FEW, **SMALL, **settings}
+        bench = Bench(tmp_path, section, measured=measured)
+        bench.ctx.events = Said()
+        found = bench.run().metrics["latent_error_to_uncached"]
+        assert bench.schedule.corrections is not None or "predict" in settings
+        kept = [line for line in lines if line.startswith("budget: ") and line.endswith(", kept")]
+        assert f"latent_error {found:.4g}, kept" in kept[-1] and found <= 0.3
+
+    def test_an_error_budget_that_only_the_uncached_model_keeps(self, tmp_path: Path, measured: Path) -> None:
+        bench = Bench(tmp_path, {"method": "dp", "budget": {"latent_error": 1e-9}, "verify": FEW, **SMALL}, measured=measured)
+        with pytest.raises(
+            GateFailed, match=r"no schedule that reuses anything keeps latent_error 1e-09; the slowest reaches 1\.\d+x: lat"
+        ):
+            bench.run()
+        bench.ctx.smoke = True
+        bench.run()
+        assert "no schedule that reuses anything" in bench.ctx.warnings[-1]
 
     def test_full_calls_at_both_ends(self, tmp_path: Path, measured: Path) -> None:
         section = {"method": "dp", "budget": {"speedup": 1.3}, "first_full": 3, "last_full": 2, **PLAIN, **SMALL}
