@@ -91,6 +91,9 @@ def test_every_refusal_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "below 16" in (op.why_not(long, long[:, :, :5], long[:, :, :5]) or "")
     monkeypatch.setattr(op, "why_not_cpu", lambda: "no native bf16")
     assert op.why_not(long, long, long) == "no native bf16"
+    monkeypatch.setattr(native, "products", lambda: Products.FLOATS)
+    assert op.why_not(long, long, long) is None
+    assert "below 512" in (op.why_not(long, long[:, :, :77], long[:, :, :77]) or "")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +104,8 @@ def test_every_refusal_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         (Products.NONE, True, cpu.tiled),
         (Products.VECTORS, False, native.attention),
         (Products.NONE, False, cpu.attention),
+        (Products.FLOATS, False, native.attention),
+        (Products.FLOATS, True, cpu.tiled),
     ],
 )
 def test_the_fastest_implementation_runs(products, tiles, chosen, monkeypatch: pytest.MonkeyPatch) -> None:

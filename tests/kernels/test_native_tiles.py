@@ -1,4 +1,4 @@
-"""Products in AMX tiles: exact sums, the contract's outputs bit for bit, whatever the shape, the cut and the number of threads."""
+"""Products in AMX tiles and AVX512-VNNI: exact sums, the contract's outputs bit for bit, whatever the shape, the cut, the threads."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_convolution(draw, shape: tuple[int, ...], kernel: tuple[int, ...], keys
     scale, bias = vectors(kernel[0])
     zero = torch.zeros(kernel[0], dtype=torch.int32)
     layers = [conv2d_op.prepare(w, scale, zero, bias, **keys, backend=name) for name in ("cpu", "reference")]
-    assert layers[0].strategy == "amx"
+    assert layers[0].strategy == tiles.kind()
     images = torch.rand(shape[0], 1, 1, 1)
     for z in (torch.tensor(0), torch.tensor(-77)):
         sums = [conv2d_op.accumulate(x, z, layer) for layer in layers]
@@ -115,11 +115,11 @@ def test_convolution(draw, shape: tuple[int, ...], kernel: tuple[int, ...], keys
 
 def test_what_tiles_do_not_take(draw) -> None:
     zero = torch.zeros(8, dtype=torch.int32)
-    assert linear_op.prepare(draw((8, 72)), torch.ones(8), zero, None, backend="cpu").strategy != "amx"
-    assert linear_op.prepare(draw((8, 64)), torch.ones(8), zero + 120, None, backend="cpu").strategy != "amx"
-    assert linear_op.prepare(draw((8, 64), -8, 7), torch.ones(8), zero + 7, None, backend="cpu").strategy == "amx"
+    assert linear_op.prepare(draw((8, 72)), torch.ones(8), zero, None, backend="cpu").strategy not in tiles.KINDS
+    assert linear_op.prepare(draw((8, 64)), torch.ones(8), zero + 120, None, backend="cpu").strategy not in tiles.KINDS
+    assert linear_op.prepare(draw((8, 64), -8, 7), torch.ones(8), zero + 7, None, backend="cpu").strategy == tiles.kind()
     grouped = conv2d_op.prepare(draw((8, 64, 3, 3)), torch.ones(8), zero, None, groups=2, backend="cpu")
-    assert grouped.strategy != "amx"
+    assert grouped.strategy not in tiles.KINDS
 
 
 def test_onednn_finds_its_tiles_again(draw) -> None:

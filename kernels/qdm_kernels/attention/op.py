@@ -1,4 +1,4 @@
-"""softmax(q k^T * scale) v without mask, where bfloat16 products beat torch's own kernel: compiled here, else by torch's operators."""
+"""softmax(q k^T * scale) v without mask, where it beats torch's own kernel: compiled here, else bfloat16 products by torch's operators."""
 
 import functools
 import os
@@ -15,6 +15,7 @@ from qdm_kernels.prepared import integer_op
 SHORTEST = 1024  # queries and keys; below, torch's kernel keeps all scores in the cache
 SHORTEST_TILED = 256  # where AMX multiplies in torch's kernel
 SHORTEST_NATIVE = 16  # where it multiplies in the compiled one
+SHORTEST_FLOATS = 512  # where that has neither tiles nor bf16
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -30,8 +31,15 @@ def why_not_cpu() -> str | None:
     return None
 
 
+def why_not_here() -> str | None:
+    """Why no product of this machine gains; None = some do, in bf16 or in compiled float32."""
+    return None if native.products() is Products.FLOATS else why_not_cpu()
+
+
 def shortest() -> int:
     """Length of queries and keys from which the op is the faster one."""
+    if native.products() is Products.FLOATS:
+        return SHORTEST_FLOATS
     if native.products() is Products.TILES:
         return SHORTEST_NATIVE
     return SHORTEST_TILED if has_tiles() else SHORTEST
@@ -54,7 +62,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the op leaves a product to torch; None = it takes it."""
     if q.device.type != "cpu":
         return f"runs on the cpu, the tensors are on {q.device}"
-    if reason := why_not_cpu():
+    if reason := why_not_here():
         return reason
     if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.shape != v.shape:
         return "queries, keys and values are [B, H, L, d] with equal heads and widths"
@@ -81,7 +89,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
 def _implementation(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     """Compiled tiles first; compiled vectors would lose to the tiles of torch's kernel."""
-    worst = Products.TILES if has_tiles() else Products.VECTORS
+    worst = Products.TILES if has_tiles() else Products.FLOATS
     if native.products() >= worst and native.takes(q, k, v, scale):
         return native.attention
     return cpu.tiled if has_tiles() else cpu.attention

@@ -1,10 +1,11 @@
-"""Convolution on CPUs: in AMX tiles, else oneDNN u8 x s8 where it is exact for these weights, else float32 (README: Strategies).
+"""Convolution on CPUs: in AMX tiles or AVX512-VNNI, else oneDNN u8 x s8 where exact for these weights, else float32 (README: Strategies).
 
 oneDNN's convolution with a zero point brings the whole weight into another layout in every call: torch packs it without. Where weights are
 many and pixels few that doubles its time, so such layers are products over unfolded codes: bytes, whose copies cost little.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +44,12 @@ class Int8:
 
 @dataclass(frozen=True)
 class Tiled:
-    """Weights minus zero point as the matrix [O, kh * kw * I], in AMX tiles."""
+    """Weights minus zero point as the matrix [O, kh * kw * I], in panels for what `strategy`, amx or vnni, multiplies with."""
 
     packed: Packed
     kernel: Pair
     geometry: Conv2dGeometry
-    strategy: str = "amx"
+    strategy: str
     reason: str | None = None
 
 
@@ -107,7 +108,7 @@ def _prepare_tiled(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) 
         return None
     weight = subtract_zero_point(codes, zero_point)
     packed = linear.tiled_weight(weight.permute(0, 2, 3, 1).flatten(1))
-    return None if packed is None else Tiled(packed, (codes.shape[2], codes.shape[3]), geometry)
+    return None if packed is None else Tiled(packed, (codes.shape[2], codes.shape[3]), geometry, cast(str, tiles.kind()))
 
 
 def _prepare_unfolded(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Unfolded | None:

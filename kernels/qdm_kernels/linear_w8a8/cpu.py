@@ -1,6 +1,7 @@
-"""Linear layer on CPUs: in AMX tiles, else oneDNN u8 x s8 where it is exact for these weights, else float32 (README: Strategies)."""
+"""Linear layer on CPUs: in AMX tiles or AVX512-VNNI, else oneDNN u8 x s8 where exact for these weights, else float32 (README: Strategies)."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,10 +36,10 @@ class Int8:
 
 @dataclass(frozen=True)
 class Tiled:
-    """Weights minus zero point in AMX tiles."""
+    """Weights minus zero point in panels for what `strategy`, amx or vnni, multiplies with."""
 
     packed: Packed
-    strategy: str = "amx"
+    strategy: str
     reason: str | None = None
 
 
@@ -55,11 +56,11 @@ class Float32:
 def prepare(codes: Tensor, zero_point: Tensor) -> Tiled | Int8 | Float32:
     """Pack for the fastest exact strategy on this CPU; arguments as in `op.prepare`."""
     packed = tiled_weight(subtract_zero_point(codes, zero_point))
-    return prepare_untiled(codes, zero_point) if packed is None else Tiled(packed)
+    return prepare_untiled(codes, zero_point) if packed is None else Tiled(packed, cast(str, tiles.kind()))
 
 
 def tiled_weight(weight: Tensor) -> Packed | None:
-    """A centred weight [N, K] in tiles; None where this CPU or the layer has none."""
+    """A centred weight [N, K] in panels; None where this CPU or the layer has none."""
     if not tiles.takes(*weight.shape) or value_range(weight) != value_range(weight.to(torch.int8)):
         return None
     return tiles.pack(weight.to(torch.int8))

@@ -2,28 +2,35 @@
 //
 // Both products are C[32, n] (+)= A B with A as bfloat16 rows and B in panels: 16 rows of 16 pairs, a pair being two neighbours along the
 // summed dimension. AMX multiplies a panel as one tile, AVX512-BF16 a row of it at a time. Keys and values of a head are packed once.
-#include <immintrin.h>
-
+// With QDM_FLOATS all of it is float32, for CPUs without bfloat16: a float stands where a pair would.
 #include <algorithm>
 #include <cfloat>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 
-#if defined(__AMX_BF16__) && !defined(QDM_NO_AMX)
+#include "lanes.h"
+
+#if defined(__AMX_BF16__) && !defined(QDM_NO_AMX) && !defined(QDM_FLOATS)
 #define QDM_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#if (defined(__AVX512BF16__) || defined(QDM_FLOATS)) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 
 namespace {
 
 using half = uint16_t;  // the bits of a bfloat16
 
+#ifdef QDM_FLOATS
+using Cell = float;  // what is multiplied
+#else
+using Cell = half;
+#endif
+constexpr int kFold = 4 / sizeof(Cell);  // cells of a pair
 constexpr int kLanes = 16;           // float32 values of a register, rows and columns of a tile
-constexpr int kPanel = 512;          // values of a panel
+constexpr int kPanel = 256 * kFold;  // cells of a panel
 constexpr int kRows = 32;            // queries of one product
 constexpr int kQueries = 64;         // of one task: keys are brought into the cache once for all of them
 constexpr int kKeys = 64;            // of one product: the scores of 32 queries take 8 KiB of the first-level cache
@@ -68,16 +75,16 @@ inline __m512 load(const half* at, int64_t count) {
 }
 inline void store(float* at, __m512 x, int64_t count) { _mm512_mask_storeu_ps(at, lanes(count), x); }
 inline void store(half* at, __m512 x, int64_t count) {
-  _mm256_mask_storeu_epi16(at, lanes(count), (__m256i)_mm512_cvtneps_pbh(x));
+  _mm256_mask_storeu_epi16(at, lanes(count), qdm::halves((qdm::Floats)x));
 }
 
-// Operands of a product: rows of bfloat16; panels, that of column n and of pairs 16 s and further at n * column + s * step; float32 sums.
+// Operands of a product: rows of cells; panels, that of column n and of pairs 16 s and further at n * column + s * step; float32 sums.
 struct Rows {
-  const half* at;
+  const Cell* at;
   int64_t stride;
 };
 struct Panels {
-  const half* at;
+  const Cell* at;
   int64_t column, step;
 };
 struct Sums {
@@ -173,27 +180,37 @@ struct Tiles {
   Tiles() {}  // not trivial: nobody reads the variable that holds the tiles
 };
 
+// sum + the product of a pair of cells with 16 pairs
+inline __m512 add(__m512 sum, int32_t pair, __m512i right) {
+#ifdef QDM_FLOATS
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32(pair)), _mm512_castsi512_ps(right), sum);
+#else
+  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)right);
+#endif
+}
+
 template <bool kAdd, int kColumns>
 void multiply_columns(const Rows& a, const Panels& b, const Sums& c, int first, int pairs) {
   constexpr int kBlock = 8;
+  constexpr auto all = std::make_integer_sequence<int, kBlock * kColumns>();
+  constexpr auto columns = std::make_integer_sequence<int, kColumns>();
   float* to = c.at + first * kLanes;
   for (int r = 0; r < kRows; r += kBlock) {
-    __m512 sum[kBlock][kColumns];
-    for (int i = 0; i < kBlock; ++i)
-      for (int n = 0; n < kColumns; ++n) sum[i][n] = kAdd ? _mm512_load_ps(to + (r + i) * c.stride + n * kLanes) : _mm512_setzero_ps();
-    for (int p = 0; p < pairs; ++p) {
-      const half* panel = b.at + first * b.column + (p / kLanes) * b.step + (p % kLanes) * 2 * kLanes;
-      __m512bh right[kColumns];
-      for (int n = 0; n < kColumns; ++n) right[n] = (__m512bh)_mm512_load_si512(panel + n * b.column);
-      for (int i = 0; i < kBlock; ++i) {
+    __m512 sum[kBlock * kColumns];
+    const auto place = [&](int i) { return to + (r + i / kColumns) * c.stride + i % kColumns * kLanes; };
+    qdm::each(all, [&](auto i) QDM_INLINE { sum[i] = kAdd ? _mm512_load_ps(place(i)) : _mm512_setzero_ps(); });
+    const Cell* left = a.at + r * a.stride;
+    for (int p = 0; p < pairs; ++p, left += kFold) {
+      const Cell* panel = b.at + first * b.column + (p / kLanes) * b.step + (p % kLanes) * kFold * kLanes;
+      __m512i right[kColumns];
+      qdm::each(columns, [&](auto n) QDM_INLINE { right[n] = _mm512_load_si512(panel + n * b.column); });
+      qdm::each(all, [&](auto i) QDM_INLINE {
         int32_t pair;
-        __builtin_memcpy(&pair, a.at + (r + i) * a.stride + 2 * p, 4);
-        const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
-        for (int n = 0; n < kColumns; ++n) sum[i][n] = _mm512_dpbf16_ps(sum[i][n], left, right[n]);
-      }
+        __builtin_memcpy(&pair, left + i / kColumns * a.stride, 4);
+        sum[i] = add(sum[i], pair, right[i % kColumns]);
+      });
     }
-    for (int i = 0; i < kBlock; ++i)
-      for (int n = 0; n < kColumns; ++n) _mm512_store_ps(to + (r + i) * c.stride + n * kLanes, sum[i][n]);
+    qdm::each(all, [&](auto i) QDM_INLINE { _mm512_store_ps(place(i), sum[i]); });
   }
 }
 
@@ -208,28 +225,52 @@ void multiply(const Rows& a, const Panels& b, const Sums& c, int columns, int pa
 
 #endif
 
-// 2^x, error 7.5e-5: a bfloat16 keeps 2e-3. Zero from afar, NaN from NaN.
+// 2^x, zero from afar, NaN from NaN. Error 7.5e-5 for bfloat16, which keeps 2e-3, and 8e-8 for float32.
 inline __m512 power(__m512 x) {
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.07802452f), f, _mm512_set1_ps(0.22606718f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69583352f));
-  return _mm512_scalef_ps(_mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99992522f)), x);
+#ifdef QDM_FLOATS
+  constexpr float kTerms[] = {0.00187757656f, 0.00898934038f, 0.0558263178f, 0.240153617f, 0.693153073f, 0.999999925f};
+#else
+  constexpr float kTerms[] = {0.07802452f, 0.22606718f, 0.69583352f, 0.99992522f};
+#endif
+  __m512 p = _mm512_set1_ps(kTerms[0]);
+  for (size_t i = 1; i < sizeof kTerms / sizeof *kTerms; ++i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kTerms[i]));
+  return _mm512_scalef_ps(p, x);
+}
+
+// 16 columns of pairs: (even, odd) as bfloat16, or `even` alone as it is
+inline __m512i pairs(__m512 even, __m512 odd) {
+#ifdef QDM_FLOATS
+  return _mm512_castps_si512(even);
+#else
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even)), high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#endif
+}
+
+// kFold * 16 neighbours of a row as cells
+inline void store_cells(Cell* to, __m512 low, __m512 high) {
+#ifdef QDM_FLOATS
+  _mm512_store_ps(to, low);
+#else
+  _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#endif
 }
 
 // Packed keys and values of one head, and the largest squared norm of a key in each block of keys.
 struct Packed {
-  half *keys, *values;
+  Cell *keys, *values;
   float* norms;
 };
 struct Sizes {
   int64_t key_steps, value_columns, key_panels, blocks;  // panels along the width of keys and of values, along the keys; blocks of keys
   explicit Sizes(const Shape& s)
-      : key_steps(up(s.width, 2 * kLanes)),
+      : key_steps(up(s.width, kFold * kLanes)),
         value_columns(up(s.width, kLanes)),
-        key_panels(2 * up(s.keys, 2 * kLanes)),
+        key_panels(kFold * up(s.keys, kFold * kLanes)),
         blocks(up(s.keys, kKeys)) {}
   int64_t keys() const { return key_panels * key_steps * kPanel; }
-  int64_t values() const { return key_panels / 2 * value_columns * kPanel; }
+  int64_t values() const { return key_panels / kFold * value_columns * kPanel; }
 };
 
 // The mean of some keys: weights do not change with a common part of all keys, and what is left loses less to rounding. Zeros for keys in
@@ -247,42 +288,40 @@ void common_part(const View<const T>& k, int64_t b, int64_t h, const Shape& s, f
 
 // Up to 16 keys from `first` into their panels; returns the largest squared norm.
 template <typename T>
-float pack_keys(const View<const T>& k, int64_t b, int64_t h, int64_t first, const Shape& s, const float* mean, half* to) {
+float pack_keys(const View<const T>& k, int64_t b, int64_t h, int64_t first, const Shape& s, const float* mean, Cell* to) {
   alignas(64) int32_t rows[kLanes][kLanes];
   const __m512i column = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
   __m512 norms[kLanes];
   for (auto& norm : norms) norm = _mm512_setzero_ps();
-  for (int64_t c = 0; c < s.width; c += 2 * kLanes, to += kPanel) {
+  for (int64_t c = 0; c < s.width; c += kFold * kLanes, to += kPanel) {
     for (int i = 0; i < kLanes; ++i) {
       __m512 low = _mm512_setzero_ps(), high = low;
       if (first + i < s.keys) {
         const T* from = k.row(b, h, first + i) + c;
         const int64_t left = s.width - c;
         low = _mm512_maskz_sub_ps(lanes(left), load(from, left), _mm512_load_ps(mean + c));
-        if (const int64_t more = left - kLanes; more > 0)
+        if (const int64_t more = left - kLanes; kFold == 2 && more > 0)
           high = _mm512_maskz_sub_ps(lanes(more), load(from + kLanes, more), _mm512_load_ps(mean + c + kLanes));
       }
       norms[i] = _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, norms[i]));
-      _mm512_store_si512(rows[i], (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      store_cells(reinterpret_cast<Cell*>(rows[i]), low, high);
     }
-    for (int p = 0; p < kLanes; ++p) _mm512_store_si512(to + p * 2 * kLanes, _mm512_i32gather_epi32(column, rows[0] + p, 4));
+    for (int p = 0; p < kLanes; ++p) _mm512_store_si512(to + p * kFold * kLanes, _mm512_i32gather_epi32(column, rows[0] + p, 4));
   }
   float most = 0.0f;
   for (const auto& norm : norms) most = larger(_mm512_reduce_add_ps(norm), most);
   return most;
 }
 
-// 32 values from `first` into their panels.
+// kFold * 16 values from `first` into their panels.
 template <typename T>
-void pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, const Shape& s, half* to) {
+void pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, const Shape& s, Cell* to) {
   for (int64_t c = 0; c < s.width; c += kLanes)
-    for (int p = 0; p < kLanes; ++p, to += 2 * kLanes) {
-      const int64_t key = first + 2 * p;
+    for (int p = 0; p < kLanes; ++p, to += kFold * kLanes) {
+      const int64_t key = first + kFold * p;
       const __m512 even = key < s.keys ? load(v.row(b, h, key) + c, s.width - c) : _mm512_setzero_ps();
-      const __m512 odd = key + 1 < s.keys ? load(v.row(b, h, key + 1) + c, s.width - c) : _mm512_setzero_ps();
-      const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-      const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-      _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      const __m512 odd = kFold == 2 && key + 1 < s.keys ? load(v.row(b, h, key + 1) + c, s.width - c) : _mm512_setzero_ps();
+      _mm512_store_si512(to, pairs(even, odd));
     }
 }
 
@@ -293,29 +332,29 @@ void pack_block(const View<const T>& k, const View<const T>& v, int64_t b, int64
   float most = 0.0f;
   for (int64_t panel = block * kKeys / kLanes; panel < last; ++panel) {
     most = larger(pack_keys(k, b, h, panel * kLanes, s, mean, to.keys + panel * sizes.key_steps * kPanel), most);
-    if (panel % 2 == 0) pack_values(v, b, h, panel * kLanes, s, to.values + panel / 2 * sizes.value_columns * kPanel);
+    if (panel % kFold == 0) pack_values(v, b, h, panel * kLanes, s, to.values + panel / kFold * sizes.value_columns * kPanel);
   }
   to.norms[block] = most;
 }
 
 // What a thread computes in: [kQueries, ...] each, scores [kRows, kKeys].
 struct Scratch {
-  std::unique_ptr<half[], Free> queries;
+  std::unique_ptr<Cell[], Free> queries;
   std::unique_ptr<float[], Free> scores, sums, totals, shifts, mean;
   explicit Scratch(const Sizes& sizes)
-      : queries(room<half>(kQueries * sizes.key_steps * 2 * kLanes)), scores(room<float>(kRows * kKeys)),
+      : queries(room<Cell>(kQueries * sizes.key_steps * kFold * kLanes)), scores(room<float>(kRows * kKeys)),
         sums(room<float>(kQueries * sizes.value_columns * kLanes)), totals(room<float>(kQueries * kLanes)), shifts(room<float>(kQueries)),
-        mean(room<float>(sizes.key_steps * 2 * kLanes)) {}
+        mean(room<float>(sizes.key_steps * kFold * kLanes)) {}
   bool whole() const { return queries && scores && sums && totals && shifts && mean; }
 };
 
-// Queries in bfloat16, rows behind the last one zero; returns the largest squared norm.
+// Queries as cells, rows behind the last one zero; returns the largest squared norm.
 template <typename T>
-float pack_queries(const View<const T>& q, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, half* to) {
+float pack_queries(const View<const T>& q, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, Cell* to) {
   float most = 0.0f;
   for (int64_t i = first; i < first + kQueries; ++i) {
     __m512 norm = _mm512_setzero_ps();
-    for (int64_t c = 0; c < sizes.key_steps * 2 * kLanes; c += kLanes, to += kLanes) {
+    for (int64_t c = 0; c < sizes.key_steps * kFold * kLanes; c += kLanes, to += kLanes) {
       const __m512 x = i < s.queries && c < s.width ? load(q.row(b, h, i) + c, s.width - c) : _mm512_setzero_ps();
       norm = _mm512_fmadd_ps(x, x, norm);
       store(to, x, kLanes);
@@ -325,7 +364,7 @@ float pack_queries(const View<const T>& q, int64_t b, int64_t h, int64_t first, 
   return most;
 }
 
-// Scores [32, kKeys] to weights in bfloat16, in place: a row of weights lies in the first half of its scores. Of the `keys` scores of a
+// Scores [32, kKeys] to weights as cells, in place: a row of weights lies at the beginning of its scores. Of the `keys` scores of a
 // row those behind the last key weigh nothing. kBounded: no shift is needed, else it is the largest score so far, and when it grows, what
 // was summed shrinks.
 template <bool kBounded>
@@ -355,7 +394,8 @@ void weigh(float* scores, int keys, float factor, float* totals, float* shifts, 
         high = _mm512_maskz_mov_ps(lanes(keys - j - kLanes), high);
       }
       total = _mm512_add_ps(total, _mm512_add_ps(low, high));
-      _mm512_store_si512(reinterpret_cast<half*>(scores) + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      store_cells(reinterpret_cast<Cell*>(scores) + j, low, high);
+      if (kFold == 1) _mm512_store_ps(scores + j + kLanes, high);
     }
     _mm512_store_ps(totals, total);
   }
@@ -365,7 +405,7 @@ void weigh(float* scores, int keys, float factor, float* totals, float* shifts, 
 template <typename T>
 void attend(const View<const T>& q, const View<T>& out, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes,
             float factor, const Packed& head, Scratch& own) {
-  const int64_t width = sizes.value_columns * kLanes, depth = sizes.key_steps * 2 * kLanes;
+  const int64_t width = sizes.value_columns * kLanes, depth = sizes.key_steps * kFold * kLanes;
   const int rows = static_cast<int>(std::min<int64_t>(kQueries, s.queries - first));
   const float longest = pack_queries(q, b, h, first, s, sizes, own.queries.get());
   float key = 0.0f;
@@ -375,14 +415,14 @@ void attend(const View<const T>& q, const View<T>& out, int64_t b, int64_t h, in
   std::fill_n(own.sums.get(), kQueries * width, 0.0f);
   std::fill_n(own.shifts.get(), kQueries, -FLT_MAX);
   const Sums scores{own.scores.get(), kKeys};
-  const Rows weights{reinterpret_cast<half*>(own.scores.get()), 2 * kKeys};
+  const Rows weights{reinterpret_cast<Cell*>(own.scores.get()), kFold * kKeys};
   for (int64_t block = 0; block < sizes.blocks; ++block) {
-    const int keys = static_cast<int>(std::min<int64_t>(kKeys, s.keys - block * kKeys)), steps = static_cast<int>(up(keys, 2 * kLanes));
+    const int keys = static_cast<int>(std::min<int64_t>(kKeys, s.keys - block * kKeys)), steps = static_cast<int>(up(keys, kFold * kLanes));
     const Panels right{head.keys + block * (kKeys / kLanes) * sizes.key_steps * kPanel, sizes.key_steps * kPanel, kPanel};
-    const Panels values{head.values + block * (kKeys / kLanes / 2) * sizes.value_columns * kPanel, kPanel, sizes.value_columns * kPanel};
+    const Panels values{head.values + block * (kKeys / kLanes / kFold) * sizes.value_columns * kPanel, kPanel, sizes.value_columns * kPanel};
     for (int r = 0; r < rows; r += kRows) {
       const Sums sums{own.sums.get() + r * width, width};
-      multiply<false>({own.queries.get() + r * depth, depth}, right, scores, 2 * steps, static_cast<int>(up(s.width, 2)));
+      multiply<false>({own.queries.get() + r * depth, depth}, right, scores, kFold * steps, static_cast<int>(up(s.width, kFold)));
       weigh_rows(scores.at, keys, factor, own.totals.get() + r * kLanes, own.shifts.get() + r, sums.at, width);
       multiply<true>(weights, values, sums, static_cast<int>(sizes.value_columns), steps * kLanes);
     }
@@ -401,8 +441,8 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
   const int64_t all = s.batch * s.heads, tasks = up(s.queries, kQueries);
   if (all * tasks == 0) return 0;
   // heads whose keys lie packed at once: threads wait for each other twice a group, and a busy machine makes them wait for long
-  const int64_t fitting = kPacked / (2 * (sizes.keys() + sizes.values())), group = std::min(all, std::max(fitting, up(4 * threads, tasks)));
-  const auto keys = room<half>(group * sizes.keys()), values = room<half>(group * sizes.values());
+  const int64_t fitting = kPacked / static_cast<int64_t>(sizeof(Cell) * (sizes.keys() + sizes.values())), group = std::min(all, std::max(fitting, up(4 * threads, tasks)));
+  const auto keys = room<Cell>(group * sizes.keys()), values = room<Cell>(group * sizes.values());
   const auto norms = room<float>(group * sizes.blocks);
   int failed = !(keys && values && norms);
   const float factor = scale * 1.44269504f;  // powers of two instead of e
@@ -449,13 +489,13 @@ int run(const void* q, const void* k, const void* v, void* out, const int64_t* s
 
 }  // namespace
 
-// Which products run: 2 = AMX tiles, 1 = AVX512-BF16, 0 = none. Linux grants tiles to processes that ask.
+// Which products run: 3 = AMX tiles, 2 = AVX512-BF16, 1 = float32, 0 = none. Linux grants tiles to processes that ask.
 extern "C" int qdm_attention_products() {
 #ifdef QDM_TILES
   constexpr int kRequest = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 2 : 0;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 3 : 0;
 #else
-  return 1;
+  return kFold;
 #endif
 }
 

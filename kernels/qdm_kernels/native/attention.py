@@ -17,14 +17,18 @@ class Products(IntEnum):
     """What multiplies, slowest first."""
 
     NONE = 0
-    VECTORS = 1
-    TILES = 2
+    FLOATS = 1
+    VECTORS = 2
+    TILES = 3
+
+
+_OPTIONS = {Products.TILES: (), Products.VECTORS: ("-DQDM_NO_AMX",), Products.FLOATS: ("-DQDM_FLOATS",)}  # best first
 
 
 @cache
 def products() -> Products:
-    """What the native loop multiplies with on this machine: AMX tiles where the system grants them, else AVX512-BF16."""
-    return max((kind for kind in (Products.TILES, Products.VECTORS) if _library(kind) is not None), default=Products.NONE)
+    """What the native loop multiplies with on this machine: AMX tiles where the system grants them, AVX512-BF16, or AVX512 alone."""
+    return next((kind for kind in _OPTIONS if _library(kind) is not None), Products.NONE)
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
@@ -38,6 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | No
     """softmax(q k^T scale) v of what `takes` accepts -> [B, H, L, d], laid out as [B, L, H, d]. kind: None = the fastest here.
 
     Products in bfloat16 with float32 sums: keys in float32 lose a common part before they are rounded, weights are rounded, scores are not.
+    Of the kind FLOATS all is float32.
     """
     library_ = _library(products() if kind is None else kind)
     if library_ is None:
@@ -56,7 +61,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | No
 @cache
 def _library(kind: Products) -> ctypes.CDLL | None:
     """The library whose products are of this kind; None = not on this machine."""
-    made = None if kind is Products.NONE else library("attention", *(["-DQDM_NO_AMX"] if kind is Products.VECTORS else []))
+    made = None if kind is Products.NONE else library("attention", *_OPTIONS[kind])
     if made is None or made.qdm_attention_products() != kind:
         return None
     for name in _KINDS.values():

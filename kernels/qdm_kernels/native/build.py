@@ -1,7 +1,8 @@
 """Compile `NAME.cpp` beside this file for this CPU, once, and load it: plain C functions on pointers, no headers of torch.
 
 A library takes a second or two to compile and lies in `~/.cache/qdm/native` afterwards, keyed by all that went into it. `QDM_NATIVE=0`
-turns all of it off, `QDM_NATIVE_CACHE` moves the folder, `CXX` picks the compiler.
+turns all of it off, `QDM_NATIVE_CACHE` moves the folder, `CXX` picks the compiler, `QDM_NATIVE_ARCH` the instruction sets (g++'s -march=,
+`native` without it): x86-64-v3 keeps to AVX2, skylake-avx512 to AVX512 without VNNI.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ import torch
 log = logging.getLogger(__name__)
 
 # No contraction and no reordering: sums and roundings are those of the source, and therefore of the reference.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp")
 TIMEOUT_S = 120
 
 
@@ -43,6 +44,11 @@ def compiler() -> str | None:
     return next((found for name in ([named] if named else ["g++", "c++", "clang++"]) if (found := shutil.which(name))), None)
 
 
+def architecture() -> str:
+    """What the compiler compiles for."""
+    return os.environ.get("QDM_NATIVE_ARCH") or "native"
+
+
 @cache
 def library(name: str, *options: str) -> ctypes.CDLL | None:
     """`NAME.cpp`, compiled with further options and loaded; None = not to be had, the reason having been logged once."""
@@ -61,7 +67,7 @@ def _built(name: str, *options: str) -> Path:
     """Path of the compiled library; it appears under its name whole, so that processes may compile it side by side."""
     source, tool = Path(__file__).with_name(f"{name}.cpp"), compiler()
     assert tool is not None
-    command = [tool, *FLAGS, *options, str(source), *_openmp()]
+    command = [tool, *FLAGS, f"-march={architecture()}", *options, str(source), *_openmp()]
     folder = cache_folder()
     target = folder / f"{name}-{_key(source, command)}.so"
     if target.is_file():

@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
+
+#define QDM_INLINE __attribute__((always_inline))
 
 namespace qdm {
 
@@ -112,6 +115,25 @@ inline Floats gelu(Floats v) {
   q = fma(q, s, all(-1.42647390514189e-02f));
   const Floats share = fma(z * p * 0.5f, reciprocal(q), all(0.5f));
   return v * (v < -5.5f ? all(0.0f) : share);
+}
+
+#if defined(__AVX512F__)
+// Rounded to bfloat16, half to even.
+inline __m256i halves(Floats v) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const Ints bits = bits_of(v), odd = (bits >> 16) & 1;
+  const Ints rounded = v == v ? bits + 0x7fff + odd : bits | 0x400000;  // NaN stays NaN
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded, 16));
+#endif
+}
+#endif
+
+// f(0), f(1) ... as constants: GCC 12 leaves an array that a loop indexes in memory.
+template <typename F, int... I>
+inline void each(std::integer_sequence<int, I...>, F f) {
+  (f(std::integral_constant<int, I>()), ...);
 }
 
 // The first `count` of 16 values, zeros after them.

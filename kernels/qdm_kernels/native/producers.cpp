@@ -4,7 +4,6 @@
 
 #include "lanes.h"
 
-#define QDM_INLINE __attribute__((always_inline))
 
 namespace {
 

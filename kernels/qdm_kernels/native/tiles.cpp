@@ -3,50 +3,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <cstdlib>
-
-#include "lanes.h"
-
-extern "C" {
-
-struct QdmProduct {
-  const void* x;               // codes, or floats to quantize: [images][rows][channels], or [images][height][width][channels]
-  const int8_t* weight;        // [panels][steps][2][16][64]: `pack` in tiles.py
-  const int64_t* offsets;      // [steps]
-  const int32_t* shift;        // [N], taken off the sums: zero point times the sum of the weights
-  const float* scale;          // [N]
-  const float* bias;           // [N] or null
-  const float* row_scale;      // [M], a factor of `scale`, or null
-  const void* residual;        // added last, as `out`, or null
-  void* out;                   // [images][rows][N], or codes [rows][N / 2]
-  const float* gain;           // of gated codes, [N / 2] or null
-  const float* factor;         // y = x * factor + offset is quantized, [images][channels] both; null = x is
-  const float* offset;
-  const float* x_gain;         // [channels], of what is quantized, last; null = 1
-  int64_t images;              // one for a linear layer
-  int64_t rows, pitch, steps, outputs;  // the 64 bytes of step s of row m lie at codes + m * pitch + offsets[s]
-  int64_t channels, stride;    // codes of a pixel or row of x; pitch is so many pixels, and a line of outputs so many lines
-  int64_t line, valid;         // pixels of a line inside the border; of so many rows the first `valid` are outputs; 0 = no image
-  int64_t height, width, top, left, reach;  // of the image, its border, and how many lines below its own an output reads
-  int64_t chunk;               // rows whose codes stay in the cache while the weights pass by
-  int32_t x_kind, x_silu;      // 0 int8 codes, 1 float32, 2 bfloat16; silu(y) is quantized
-  float x_inverse;             // of the grid of x
-  int32_t x_zero, x_bits;
-  int32_t kind;                // of out: 0 float32, 1 bfloat16, 2 int32 sums, 3 codes of value * gelu(gate)
-  float inverse;               // of the grid of gated codes
-  int32_t zero, bits, flip, threads;
-};
-
-}  // extern "C"
+#include "product.h"
 
 #if defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
 
 namespace {
-
-using namespace qdm;
-
-constexpr int64_t kSide = 32;       // rows and outputs of a block: two tiles by two
-constexpr int64_t kTile = 16 * 64;  // bytes of a tile
 
 struct alignas(64) Config {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -103,159 +64,11 @@ inline void multiply(const QdmProduct& p, const int8_t* x, const int8_t* weight,
   _tile_stored(3, sums + 16 * kSide + 16, kSide * 4);
 }
 
-template <int Kind>
-inline Floats loaded(const void* from, int64_t at, __mmask16 mask) {
-  if (Kind == 0) return (Floats)_mm512_maskz_loadu_ps(mask, static_cast<const float*>(from) + at);
-  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(from) + at);
-  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-}
-
-template <int Kind>
-inline void stored(void* to, int64_t at, Floats v, __mmask16 mask) {
-  if (Kind == 0)
-    _mm512_mask_storeu_ps(static_cast<float*>(to) + at, mask, (__m512)v);
-  else
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + at, mask, (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-
-// What the 16 outputs of half a block have in common.
-struct Columns {
-  Floats scale, bias;
-  Ints shift;
-  __mmask16 mask;
-
-  Columns(const QdmProduct& p, int64_t n)
-      : mask(static_cast<__mmask16>(p.outputs - n >= kLanes ? 0xffff : n < p.outputs ? (1 << (p.outputs - n)) - 1 : 0)) {
-    scale = (Floats)_mm512_maskz_loadu_ps(mask, p.scale + n);
-    bias = p.bias ? (Floats)_mm512_maskz_loadu_ps(mask, p.bias + n) : all(0.0f);
-    shift = (Ints)_mm512_maskz_loadu_epi32(mask, p.shift + n);
-  }
-
-  Floats values(const int32_t* sums, const float* row_scale) const {
-    const Ints exact = *reinterpret_cast<const Ints*>(sums) - shift;
-    const Floats product = row_scale ? *row_scale * scale : scale;  // the product of scales first, as in the contract
-    return __builtin_convertvector(exact, Floats) * product + bias;
-  }
-};
-
-// One row of a block to memory; m: its place among the outputs. n: the first output of the panel as packed.
-template <int Kind>
-inline void finish(const QdmProduct& p, const int32_t* sums, const Columns* half, int64_t m, int64_t n, const Quantizer& codes) {
-  const float* own = p.row_scale ? p.row_scale + m : nullptr;
-  if (Kind == 3) {
-    const int64_t at = n / 2;
-    Floats y = half[0].values(sums, own) * gelu(half[1].values(sums + kLanes, own));
-    y = p.gain ? y * load(p.gain + at) : y;
-    codes.store(static_cast<int8_t*>(p.out) + m * (p.outputs / 2) + at, y);
-    return;
-  }
-  if (Kind == 1 && !p.residual && half[1].mask == 0xffff) {  // a line of the cache at a time
-    const Floats low = half[0].values(sums, own), high = half[1].values(sums + kLanes, own);
-    _mm512_storeu_si512(static_cast<uint16_t*>(p.out) + m * p.outputs + n, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-    return;
-  }
-  for (int i = 0; i < 2; ++i) {
-    const int64_t at = m * p.outputs + n + kLanes * i;
-    if (Kind == 2) {
-      const Ints exact = *reinterpret_cast<const Ints*>(sums + kLanes * i) - half[i].shift;
-      _mm512_mask_storeu_epi32(static_cast<int32_t*>(p.out) + at, half[i].mask, (__m512i)exact);
-      continue;
-    }
-    Floats y = half[i].values(sums + kLanes * i, own);
-    if (p.residual) y += loaded<Kind>(p.residual, at, half[i].mask);
-    stored<Kind>(p.out, at, y, half[i].mask);
-  }
-}
-
-struct Range {
-  int64_t from, to;
-};
-
-// Memory of one thread that stays: a fresh megabyte costs hundreds of page faults.
-int8_t* scratch(int64_t bytes) {
-  struct Kept {
-    int8_t* at = nullptr;
-    int64_t size = 0;
-    ~Kept() { std::free(at); }
-  };
-  thread_local Kept kept;
-  if (kept.size < bytes) {
-    std::free(kept.at);
-    kept.size = (bytes + (bytes >> 2) + 4095) / 4096 * 4096;
-    kept.at = static_cast<int8_t*>(std::aligned_alloc(4096, kept.size));
-  }
-  return kept.at;
-}
-
-// Codes of `count` pixels or rows of x from value `at` on.
-template <typename T>
-void quantize(const QdmProduct& p, const T* x, int64_t image, int64_t count, int8_t* to) {
-  const Quantizer out({p.x_inverse, p.x_zero, p.x_bits, 0});
-  if (!p.factor && !p.x_gain && !p.x_silu) {
-    const int64_t end = count * p.channels;  // a multiple of 64
-    for (int64_t c = 0; c < end; c += kLanes) out.store(to + c, load(x + c));
-    return;
-  }
-  const int64_t width = p.channels;
-  const float *factor = p.factor ? p.factor + image * width : nullptr, *offset = p.factor ? p.offset + image * width : nullptr;
-  const float* gain = p.x_gain;
-  const bool with_silu = p.x_silu;
-  for (int64_t i = 0; i < count; ++i, x += width, to += width)
-    for (int64_t c = 0; c < width; c += kLanes) {
-      Floats y = factor ? fma(load(x + c), load(factor + c), load(offset + c)) : load(x + c);
-      y = with_silu ? silu(y) : y;
-      out.store(to + c, gain ? y * load(gain + c) : y);
-    }
-}
-
-void bring(const QdmProduct& p, int64_t image, int64_t at, int64_t count, int8_t* to) {
-  const int64_t first = (image * (p.line ? p.height * p.width : p.rows) + at) * p.channels;
-  if (p.x_kind == 0)
-    std::memcpy(to, static_cast<const int8_t*>(p.x) + first, count * p.channels);
-  else if (p.x_kind == 1)
-    quantize(p, static_cast<const float*>(p.x) + first, image, count, to);
-  else
-    quantize(p, static_cast<const uint16_t*>(p.x) + first, image, count, to);
-}
-
-// Where the codes of some rows are: those of x itself, or made in memory of this thread.
-struct Codes {
-  const int8_t* at;      // row 0 of the first image, wherever the rows that are there begin
-  int64_t image_pitch;
-};
-
-Codes codes_of(const QdmProduct& p, Range images, Range rows) {
-  const int64_t from = std::min(rows.from, p.rows - kSide);
-  if (!p.line) {
-    if (p.x_kind == 0) return {static_cast<const int8_t*>(p.x) + images.from * p.rows * p.pitch, p.rows * p.pitch};
-    int8_t* to = scratch((rows.to - from) * p.pitch);
-    bring(p, images.from, from, rows.to - from, to);
-    return {to - from * p.pitch, 0};
-  }
-  const int64_t first = from / p.line * p.stride, count = (rows.to - 1) / p.line * p.stride + p.reach + 1 - first;
-  const int64_t bytes = p.line * p.channels, left = p.left * p.channels, right = bytes - left - p.width * p.channels;
-  // some lines more: rows that are dropped read past the last
-  int8_t* const base = scratch(((images.to - images.from) * count + p.stride) * bytes);
-  int8_t* to = base;
-  for (int64_t image = images.from; image < images.to; ++image)
-    for (int64_t line = first; line < first + count; ++line, to += bytes) {
-      const int64_t y = line - p.top;
-      if (y < 0 || y >= p.height) {
-        std::memset(to, p.x_zero, bytes);
-        continue;
-      }
-      std::memset(to, p.x_zero, left);
-      bring(p, image, y * p.width, p.width, to + left);
-      std::memset(to + bytes - right, p.x_zero, right);
-    }
-  return {base - first * bytes, count * bytes};
-}
-
 // Some rows of some images, for some panels: the weights of a panel pass by once.
 template <int Kind>
 void multiply_part(const QdmProduct& product, Range images, Range rows, Range panels) {
   alignas(64) int32_t sums[kSide * kSide];
-  const Codes codes = codes_of(product, images, rows);
+  const Codes codes = codes_of(product, images, {std::min(rows.from, product.rows - kSide), rows.to});
   const QdmProduct p = product;  // of its own, so that no output can be taken for a change of it
   const Quantizer coded({p.inverse, p.zero, p.kind == 3 ? p.bits : 8, p.flip});
   const int64_t lines = p.line ? (p.rows + p.line - 1) / p.line * p.valid : p.rows, panel_bytes = p.steps * 2 * kTile;
@@ -283,7 +96,7 @@ void multiply_part(const QdmProduct& product, Range images, Range rows, Range pa
 
 }  // namespace
 
-extern "C" int qdm_tiles_here() {
+extern "C" int qdm_products_here() {
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM: Linux grants tiles to who asks
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
@@ -309,7 +122,7 @@ extern "C" void qdm_product(const QdmProduct* product) {
 
 #else
 
-extern "C" int qdm_tiles_here() { return 0; }
+extern "C" int qdm_products_here() { return 0; }
 extern "C" void qdm_product(const QdmProduct*) {}
 
 #endif

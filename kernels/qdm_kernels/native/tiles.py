@@ -1,4 +1,4 @@
-"""`tiles.cpp` on tensors: products of codes on CPUs that multiply in AMX tiles."""
+"""`tiles.cpp` and `vectors.cpp` on tensors: products of codes in AMX tiles, else in AVX512-VNNI."""
 
 import ctypes
 import os
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from qdm_kernels.native.build import library
 from qdm_kernels.native.producers import Grid
+from qdm_kernels.onednn import to_unsigned
 
+KINDS = {"amx": "tiles", "vnni": "vectors"}  # what multiplies, best first, and the file that does
+_CAPS = {"amx": ("AMX", "DEFAULT", "ALL"), "vnni": ("AMX", "DEFAULT", "ALL", "VNNI", "BF16", "FP16", "AVX10")}  # of oneDNN, that allow it
 SIDE, STEP = 32, 64  # rows and outputs of a block; codes that one tile instruction sums
 CACHED, FIRST_LEVEL = 1_250_000, 32_768  # bytes of codes that stay while weights pass by: in the second-level cache, in the first
 SMALLEST = 4_000_000  # multiply-adds below which a second thread costs more than it saves
 _KINDS, _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}, 3
-_SOURCES = {torch.int8: 0, torch.float32: 1, torch.bfloat16: 2}
+_SOURCES = {torch.int8: 0, torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2}
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
@@ -32,13 +35,13 @@ class _Product(ctypes.Structure):
         ("x_inverse", ctypes.c_float),
         *((name, _I) for name in ("x_zero", "x_bits", "kind")),
         ("inverse", ctypes.c_float),
-        *((name, _I) for name in ("zero", "bits", "flip", "threads")),
+        *((name, _I) for name in ("zero", "bits", "flip", "x_flip", "threads")),
     ]
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A weight [N, K] in tiles. row_sums: int32 [N]; a gated one has its two halves interleaved, and so have its vectors."""
+    """A weight [N, K] in panels. row_sums: int32 [N]; a gated one has its two halves interleaved, and so have its vectors."""
 
     weight: Tensor
     row_sums: Tensor
@@ -58,18 +61,28 @@ class Source:
 
 @cache
 def why_not() -> str | None:
-    """Why nothing is multiplied in tiles here; None = it is."""
+    """Why codes are not multiplied here; None = they are."""
+    return None if kind() else _why_not("vnni")
+
+
+@cache
+def kind() -> str | None:
+    """What multiplies here, one of KINDS; None = nothing."""
+    return next((name for name in KINDS if _why_not(name) is None), None)
+
+
+def _why_not(name: str) -> str | None:
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    if cap and not any(name in cap for name in ("AMX", "DEFAULT", "ALL")):
+    if cap and (cap.startswith("AVX2") or not any(allowed in cap for allowed in _CAPS[name])):
         return f"oneDNN is capped to {cap}, and so is this"
-    made = library("tiles")
+    made = library(KINDS[name])
     if made is None:
         return "native code is not to be had"
-    return None if made.qdm_tiles_here() else "this CPU has no AMX, or its system grants none"
+    return None if made.qdm_products_here() else "this CPU has neither AVX512-VNNI nor AMX, or its system grants none"
 
 
 def takes(outputs: int, terms: int) -> bool:
-    """Is a layer of this size multiplied in tiles?"""
+    """Is a layer of this size multiplied here?"""
     return outputs > 0 and terms > 0 and terms % STEP == 0 and why_not() is None
 
 
@@ -106,11 +119,12 @@ def product(
 ) -> Tensor:  # fmt: skip
     """float(sum (x - z) w) * scale + bias (+ residual) into out [M, N], float32 or bfloat16; int32: the sums alone.
 
-    x: int8 [M, K] or, with a source, float32 or bfloat16; scale, bias: float32 [N]; row_scale: [M], a factor of scale; residual: as out.
+    x: int8 [M, K], or uint8 codes shifted by +128 where VNNI multiplies, or, with a source, float32 or bfloat16.
+    scale, bias: float32 [N]; row_scale: [M], a factor of scale; residual: as out.
     With a grid the weight is gated, and int8 or uint8 out [M, N / 2] takes the codes of value * gelu(gate) * gain.
     """
     rows = len(x)
-    if rows < SIDE:
+    if rows < SIDE and kind() == "amx":
         spare = SIDE - rows
         x, own = F.pad(x, (0, 0, 0, spare)), None if row_scale is None else F.pad(row_scale.reshape(-1), (0, spare))
         made = out.new_empty((SIDE, out.shape[1]))
@@ -150,9 +164,11 @@ def _call(
 ) -> Tensor:  # fmt: skip
     threads = torch.get_num_threads() if where["rows"] * where["images"] * packed.outputs * packed.terms > SMALLEST else 1
     kept = CACHED if packed.outputs * packed.terms > 1 << 20 or "line" in where else FIRST_LEVEL
+    flip = 0x80 if kind() == "vnni" else 0  # its codes are unsigned
+    x = to_unsigned(x) if flip and source is None else x
     chunk = max(kept // where["pitch"] // SIDE * SIDE, SIDE)
-    numbers: dict[str, Any] = {"kind": _KINDS.get(out.dtype, _CODES), "x_kind": _SOURCES[x.dtype], "x_zero": zero_point}
-    pointers = vectors | {"x": x, "weight": packed.weight, "offsets": steps, "shift": _shift(packed, zero_point), "out": out}
+    numbers: dict[str, Any] = {"kind": _KINDS.get(out.dtype, _CODES), "x_kind": _SOURCES[x.dtype], "x_zero": zero_point, "x_flip": flip}
+    pointers = vectors | {"x": x, "weight": packed.weight, "offsets": steps, "shift": _shift(packed, zero_point + flip), "out": out}
     if grid is not None:
         numbers |= {"inverse": grid.inverse, "zero": grid.zero_point, "bits": grid.bits, "flip": 0x80 if out.dtype == torch.uint8 else 0}
     if source is not None:
@@ -179,7 +195,7 @@ _shifts: WeakKeyDictionary[Packed, dict[int, Tensor]] = WeakKeyDictionary()
 
 @cache
 def _function():
-    made = library("tiles")
+    made = library(KINDS[kind() or "amx"])
     assert made is not None
     made.qdm_product.restype = None
     return made.qdm_product

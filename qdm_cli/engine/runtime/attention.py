@@ -1,4 +1,4 @@
-"""Long self-attention on CPUs with native bfloat16, inside the processors that diffusers already has."""
+"""Long self-attention on CPUs, inside the processors that diffusers already has."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def plain_processor(attention: nn.Module) -> type:
 def speed_up_attention_(denoiser: nn.Module, *, enabled: bool) -> int:
     """Let every attention processor of a denoiser use the kernel, or none; returns how many do.
 
-    Does nothing on a CPU without native bf16. Processors with weights of their own are left alone.
+    Does nothing on a CPU that gains nothing. Processors with weights of their own are left alone.
     """
     count = 0
     for module in denoiser.modules():
@@ -70,7 +70,7 @@ def speed_up_attention_(denoiser: nn.Module, *, enabled: bool) -> int:
         if processor is None or isinstance(processor, nn.Module) or hasattr(module, CHILD):
             continue
         original = getattr(type(processor), "original", None)
-        if enabled and original is None and op.why_not_cpu() is None:
+        if enabled and original is None and op.why_not_here() is None:
             processor.__class__ = _faster(type(processor))  # type: ignore[arg-type]
         elif not enabled and original is not None:
             processor.__class__ = original

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from qdm_cli.engine.models.tiny import tiny_denoiser
 from qdm_cli.engine.runtime.attention import speed_up_attention_
 from qdm_kernels.attention import op
+from qdm_kernels.native import attention as native
 
 
 @pytest.fixture
@@ -66,9 +67,12 @@ def test_switching_it_off_restores_the_processors(native_bf16) -> None:
     assert not native_bf16
 
 
-def test_a_cpu_without_bf16_keeps_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_bf16_keeps_torchs_own_unless_compiled_float32_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "why_not_cpu", lambda: "no native bf16")
+    monkeypatch.setattr(native, "products", lambda: native.Products.NONE)
     assert speed_up_attention_(tiny_denoiser("sd"), enabled=True) == 0
+    monkeypatch.setattr(native, "products", lambda: native.Products.FLOATS)
+    assert speed_up_attention_(tiny_denoiser("sd"), enabled=True) > 0
 
 
 @pytest.mark.parametrize(
