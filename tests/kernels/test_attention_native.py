@@ -15,7 +15,7 @@ from qdm_kernels.attention import reference
 from qdm_kernels.native import attention as native
 from qdm_kernels.native.attention import Products
 
-KINDS = [kind for kind in native._OPTIONS if native._library(kind) is not None]
+KINDS = [kind for kind in native.LIBRARIES if native._library(kind) is not None]
 pytestmark = pytest.mark.skipif(not KINDS, reason="no compiler or no AVX512 here")
 SHAPES = [
     (1, 1, 1, 1, 8),
@@ -168,6 +168,27 @@ def test_torchs_own_products_survive_it(kind) -> None:
 def test_no_queries_no_output(shape, kind) -> None:
     q, k, v = drawn(shape)
     assert native.attention(q, k, v, 1.0, kind).shape == q.shape
+
+
+@pytest.mark.skipif(Products.SHORTS not in KINDS, reason="no AVX512-VNNI here")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fixed_point_is_far_closer_than_bfloat16(shape) -> None:
+    q, k, v = drawn(shape)
+    scale = shape[-1] ** -0.5
+    assert error(native.attention(q, k, v, scale, Products.FLOATS), q, k, v, scale) <= 2e-6
+    assert error(native.attention(q, k, v, scale, Products.SHORTS), q, k, v, scale) <= 6e-4
+
+
+@pytest.mark.skipif(Products.SHORTS not in KINDS, reason="no AVX512-VNNI here")
+def test_where_scores_may_be_large_float32_serves() -> None:
+    """Norms of a few keys that are 30 times larger would leave too little of the others."""
+    q, k, v = drawn((1, 2, 70, 90, 40))
+    k = torch.cat([30 * k[:, :, :45], -30 * k[:, :, :45]], 2)
+    same = [native.attention(q, k, v, 0.4, kind) for kind in (Products.SHORTS, Products.FLOATS)]
+    assert torch.equal(*same)
+    outlier = v.clone()
+    outlier[0, 0, 3] *= 1e4  # a value that others of its block and column do not survive weighs as much as they do not
+    assert error(native.attention(q, k / 30, outlier, 0.16, Products.SHORTS), q, k / 30, outlier, 0.16) <= 6e-4
 
 
 def test_what_it_does_not_read() -> None:

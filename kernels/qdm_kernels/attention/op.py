@@ -33,12 +33,12 @@ def why_not_cpu() -> str | None:
 
 def why_not_here() -> str | None:
     """Why no product of this machine gains; None = some do, in bf16 or in compiled float32."""
-    return None if native.products() is Products.FLOATS else why_not_cpu()
+    return None if native.products() in (Products.FLOATS, Products.SHORTS) else why_not_cpu()
 
 
 def shortest() -> int:
     """Length of queries and keys from which the op is the faster one."""
-    if native.products() is Products.FLOATS:
+    if native.products() in (Products.FLOATS, Products.SHORTS):
         return SHORTEST_FLOATS
     if native.products() is Products.TILES:
         return SHORTEST_NATIVE

@@ -1,4 +1,4 @@
-"""Linear layer on CPUs: in AMX tiles or AVX512-VNNI, else oneDNN u8 x s8 where exact for these weights, else float32 (README: Strategies)."""
+"""Linear layer on CPUs: AMX tiles or AVX512-VNNI, else oneDNN u8 x s8 where exact for these weights, else float32 (README: Strategies)."""
 
 from dataclasses import dataclass
 from typing import cast

@@ -3,13 +3,7 @@
 // Both products are C[32, n] (+)= A B with A as bfloat16 rows and B in panels: 16 rows of 16 pairs, a pair being two neighbours along the
 // summed dimension. AMX multiplies a panel as one tile, AVX512-BF16 a row of it at a time. Keys and values of a head are packed once.
 // With QDM_FLOATS all of it is float32, for CPUs without bfloat16: a float stands where a pair would.
-#include <algorithm>
-#include <cfloat>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
-
-#include "lanes.h"
+#include "attention.h"
 
 #if defined(__AMX_BF16__) && !defined(QDM_NO_AMX) && !defined(QDM_FLOATS)
 #define QDM_TILES
@@ -21,63 +15,14 @@
 
 namespace {
 
-using half = uint16_t;  // the bits of a bfloat16
-
 #ifdef QDM_FLOATS
 using Cell = float;  // what is multiplied
 #else
 using Cell = half;
 #endif
 constexpr int kFold = 4 / sizeof(Cell);  // cells of a pair
-constexpr int kLanes = 16;           // float32 values of a register, rows and columns of a tile
-constexpr int kPanel = 256 * kFold;  // cells of a panel
-constexpr int kRows = 32;            // queries of one product
-constexpr int kQueries = 64;         // of one task: keys are brought into the cache once for all of them
-constexpr int kKeys = 64;            // of one product: the scores of 32 queries take 8 KiB of the first-level cache
-constexpr int64_t kPacked = 8 << 20;  // bytes of packed keys and values, unless all threads need more
-constexpr int kSampled = 128;        // keys whose mean is subtracted from all
-constexpr float kSafe = 60.0f;       // scores in powers of two that need no maximum subtracted: sums stay far from the ends of float32
-
-struct Shape {
-  int64_t batch, heads, queries, keys, width;
-};
-struct Strides {
-  int64_t batch, head, row;
-};
-template <typename T>
-struct View {
-  T* at;
-  Strides by;
-  T* row(int64_t b, int64_t h, int64_t i) const { return at + b * by.batch + h * by.head + i * by.row; }
-};
-
-// The larger one, or NaN.
-inline float larger(float x, float most) { return x > most || x != x ? x : most; }
-
-inline int64_t up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
-
-struct Free {
-  void operator()(void* at) const { std::free(at); }
-};
-template <typename T>
-std::unique_ptr<T[], Free> room(int64_t count) {
-  return std::unique_ptr<T[], Free>(static_cast<T*>(std::aligned_alloc(64, up(count * sizeof(T), 64) * 64)));
-}
-
-inline __mmask16 lanes(int64_t count) {
-  return static_cast<__mmask16>(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
-}
-
-// the first of up to 16 values from `at`, zeros behind them
-inline __m512 load(const float* at, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), at); }
-inline __m512 load(const half* at, int64_t count) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(count), at)), 16));
-}
-inline void store(float* at, __m512 x, int64_t count) { _mm512_mask_storeu_ps(at, lanes(count), x); }
-inline void store(half* at, __m512 x, int64_t count) {
-  _mm256_mask_storeu_epi16(at, lanes(count), qdm::halves((qdm::Floats)x));
-}
-
+constexpr int kPanel = 256 * kFold;      // cells of a panel
+constexpr int kDegree = kFold == 1 ? 5 : 3;  // of powers of two
 // Operands of a product: rows of cells; panels, that of column n and of pairs 16 s and further at n * column + s * step; float32 sums.
 struct Rows {
   const Cell* at;
@@ -225,19 +170,6 @@ void multiply(const Rows& a, const Panels& b, const Sums& c, int columns, int pa
 
 #endif
 
-// 2^x, zero from afar, NaN from NaN. Error 7.5e-5 for bfloat16, which keeps 2e-3, and 8e-8 for float32.
-inline __m512 power(__m512 x) {
-  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-#ifdef QDM_FLOATS
-  constexpr float kTerms[] = {0.00187757656f, 0.00898934038f, 0.0558263178f, 0.240153617f, 0.693153073f, 0.999999925f};
-#else
-  constexpr float kTerms[] = {0.07802452f, 0.22606718f, 0.69583352f, 0.99992522f};
-#endif
-  __m512 p = _mm512_set1_ps(kTerms[0]);
-  for (size_t i = 1; i < sizeof kTerms / sizeof *kTerms; ++i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kTerms[i]));
-  return _mm512_scalef_ps(p, x);
-}
-
 // 16 columns of pairs: (even, odd) as bfloat16, or `even` alone as it is
 inline __m512i pairs(__m512 even, __m512 odd) {
 #ifdef QDM_FLOATS
@@ -272,19 +204,6 @@ struct Sizes {
   int64_t keys() const { return key_panels * key_steps * kPanel; }
   int64_t values() const { return key_panels / kFold * value_columns * kPanel; }
 };
-
-// The mean of some keys: weights do not change with a common part of all keys, and what is left loses less to rounding. Zeros for keys in
-// bfloat16, which are not rounded as they are.
-template <typename T>
-void common_part(const View<const T>& k, int64_t b, int64_t h, const Shape& s, float* mean) {
-  const int64_t every = up(s.keys, kSampled), count = up(s.keys, every);
-  const __m512 share = _mm512_set1_ps(1.0f / static_cast<float>(count));
-  for (int64_t c = 0; c < s.width; c += kLanes) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; sizeof(T) == 4 && i < s.keys; i += every) sum = _mm512_add_ps(sum, load(k.row(b, h, i) + c, s.width - c));
-    _mm512_store_ps(mean + c, _mm512_mul_ps(sum, share));
-  }
-}
 
 // Up to 16 keys from `first` into their panels; returns the largest squared norm.
 template <typename T>
@@ -379,7 +298,7 @@ void weigh(float* scores, int keys, float factor, float* totals, float* shifts, 
       const float grown = _mm512_reduce_max_ps(most);
       shift = _mm512_set1_ps(grown * factor);
       if (grown > shifts[r]) {
-        const __m512 shrunk = power(_mm512_set1_ps((shifts[r] - grown) * factor));
+        const __m512 shrunk = power<kDegree>(_mm512_set1_ps((shifts[r] - grown) * factor));
         total = _mm512_mul_ps(total, shrunk);
         for (int64_t c = 0; c < width; c += kLanes) _mm512_store_ps(sums + c, _mm512_mul_ps(_mm512_load_ps(sums + c), shrunk));
         shifts[r] = grown;
@@ -387,8 +306,8 @@ void weigh(float* scores, int keys, float factor, float* totals, float* shifts, 
     }
     for (int j = 0; j < padded; j += 2 * kLanes) {
       __m512 low = _mm512_load_ps(scores + j), high = _mm512_load_ps(scores + j + kLanes);
-      low = power(kBounded ? _mm512_mul_ps(low, by) : _mm512_fmsub_ps(low, by, shift));
-      high = power(kBounded ? _mm512_mul_ps(high, by) : _mm512_fmsub_ps(high, by, shift));
+      low = power<kDegree>(kBounded ? _mm512_mul_ps(low, by) : _mm512_fmsub_ps(low, by, shift));
+      high = power<kDegree>(kBounded ? _mm512_mul_ps(high, by) : _mm512_fmsub_ps(high, by, shift));
       if (j + 2 * kLanes > keys) {
         low = _mm512_maskz_mov_ps(lanes(keys - j), low);
         high = _mm512_maskz_mov_ps(lanes(keys - j - kLanes), high);
@@ -464,7 +383,7 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count * sizes.blocks; ++i) {
           const int64_t head = start + i / sizes.blocks, b = head / s.heads, h = head % s.heads;
-          if (head != known) common_part(k, b, h, s, own.mean.get());
+          if (head != known) common_part(k, b, h, s, own.mean.get(), sizeof(T) == 4);  // keys in bfloat16 are not rounded as they are
           known = head;
           pack_block(k, v, b, h, i % sizes.blocks, s, sizes, own.mean.get(), packed(i / sizes.blocks));
         }
@@ -489,13 +408,13 @@ int run(const void* q, const void* k, const void* v, void* out, const int64_t* s
 
 }  // namespace
 
-// Which products run: 3 = AMX tiles, 2 = AVX512-BF16, 1 = float32, 0 = none. Linux grants tiles to processes that ask.
+// Which products run: 4 = AMX tiles, 3 = AVX512-BF16, 1 = float32, 0 = none. Linux grants tiles to processes that ask.
 extern "C" int qdm_attention_products() {
 #ifdef QDM_TILES
   constexpr int kRequest = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 3 : 0;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 4 : 0;
 #else
-  return kFold;
+  return kFold == 1 ? 1 : 3;
 #endif
 }
 

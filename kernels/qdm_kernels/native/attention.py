@@ -1,4 +1,4 @@
-"""`attention.cpp` on tensors."""
+"""`attention.cpp` and `attention_short.cpp` on tensors."""
 
 import ctypes
 from enum import IntEnum
@@ -18,17 +18,24 @@ class Products(IntEnum):
 
     NONE = 0
     FLOATS = 1
-    VECTORS = 2
-    TILES = 3
+    SHORTS = 2  # fixed point, in AVX512-VNNI
+    VECTORS = 3
+    TILES = 4
 
 
-_OPTIONS = {Products.TILES: (), Products.VECTORS: ("-DQDM_NO_AMX",), Products.FLOATS: ("-DQDM_FLOATS",)}  # best first
+LIBRARIES = {  # best first: the source and its options
+    Products.TILES: ("attention",),
+    Products.VECTORS: ("attention", "-DQDM_NO_AMX"),
+    Products.SHORTS: ("attention_short",),
+    Products.FLOATS: ("attention", "-DQDM_FLOATS"),
+}
+_UNBOUNDED = 2  # what a call returns that SHORTS does not compute
 
 
 @cache
 def products() -> Products:
-    """What the native loop multiplies with on this machine: AMX tiles where the system grants them, AVX512-BF16, or AVX512 alone."""
-    return next((kind for kind in _OPTIONS if _library(kind) is not None), Products.NONE)
+    """What the native loop multiplies with on this machine: AMX tiles where the system grants them, else what AVX512 has."""
+    return next((kind for kind in LIBRARIES if _library(kind) is not None), Products.NONE)
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
@@ -42,7 +49,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | No
     """softmax(q k^T scale) v of what `takes` accepts -> [B, H, L, d], laid out as [B, L, H, d]. kind: None = the fastest here.
 
     Products in bfloat16 with float32 sums: keys in float32 lose a common part before they are rounded, weights are rounded, scores are not.
-    Of the kind FLOATS all is float32.
+    FLOATS: all in float32. SHORTS: products in 16-bit fixed point, 20 times closer than bfloat16; float32 where scores may be large.
     """
     library_ = _library(products() if kind is None else kind)
     if library_ is None:
@@ -53,7 +60,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | No
     sizes = (ctypes.c_int64 * 5)(batch, heads, length, k.shape[2], width)
     by = (ctypes.c_int64 * 12)(*(step for t in (q, k, v, out) for step in t.stride()[:3]))
     call = getattr(library_, f"qdm_attention_{_KINDS[q.dtype]}")
-    if call(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), sizes, by, scale, torch.get_num_threads()):
+    result = call(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), sizes, by, scale, torch.get_num_threads())
+    if result == _UNBOUNDED:
+        return attention(q, k, v, scale, Products.FLOATS)
+    if result:
         raise MemoryError("attention: no memory for packed keys and values")
     return out
 
@@ -61,7 +71,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | No
 @cache
 def _library(kind: Products) -> ctypes.CDLL | None:
     """The library whose products are of this kind; None = not on this machine."""
-    made = None if kind is Products.NONE else library("attention", *_OPTIONS[kind])
+    made = None if kind is Products.NONE else library(*LIBRARIES[kind])
     if made is None or made.qdm_attention_products() != kind:
         return None
     for name in _KINDS.values():

@@ -19,6 +19,11 @@ from qdm_kernels import backend, onednn
 from qdm_kernels.attention.op import why_not_cpu
 
 SCHEMA = 2
+_INSTRUCTIONS = (
+    ("amx_int8", "amx"),
+    ("avx512_bf16", "avx512-bf16"),
+    ("avx512_vnni", "avx512-vnni"),
+)  # what decides a CPU's speed, best first
 _PACKAGES = ("torch", "diffusers", "triton", "torchao", "openvino", "nncf")
 
 
@@ -30,9 +35,14 @@ def native_dtype(device: str) -> torch.dtype:
 
 
 def device_name(device: str) -> str:
-    """Name of the device, usable as a folder name."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}"
+    """Name of the device, usable as a folder name; of a CPU with what it multiplies with: its model alone may hide that."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{cpu_name()} {_instructions()}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _instructions() -> str:
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return next((name for flag, name in _INSTRUCTIONS if flags.get(flag)), torch.backends.cpu.get_cpu_capability())
 
 
 def describe(device: str) -> dict[str, Any]:

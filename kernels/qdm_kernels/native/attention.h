@@ -1,0 +1,93 @@
+// What the loops of attention.cpp and attention_short.cpp have in common.
+#pragma once
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "lanes.h"
+
+#if defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+
+namespace {
+
+using half = uint16_t;  // the bits of a bfloat16
+
+constexpr int kLanes = 16;           // float32 values of a register, rows and columns of a tile
+constexpr int kRows = 32;            // queries of one product
+constexpr int kQueries = 64;         // of one task: keys are brought into the cache once for all of them
+constexpr int kKeys = 64;            // of one product: the scores of 32 queries take 8 KiB of the first-level cache
+constexpr int64_t kPacked = 8 << 20;  // bytes of packed keys and values, unless all threads need more
+constexpr int kSampled = 128;        // keys whose mean is subtracted from all
+constexpr float kSafe = 60.0f;       // scores in powers of two that need no maximum subtracted: sums stay far from the ends of float32
+
+struct Shape {
+  int64_t batch, heads, queries, keys, width;
+};
+struct Strides {
+  int64_t batch, head, row;
+};
+template <typename T>
+struct View {
+  T* at;
+  Strides by;
+  T* row(int64_t b, int64_t h, int64_t i) const { return at + b * by.batch + h * by.head + i * by.row; }
+};
+
+// The larger one, or NaN.
+inline float larger(float x, float most) { return x > most || x != x ? x : most; }
+
+inline int64_t up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
+
+struct Free {
+  void operator()(void* at) const { std::free(at); }
+};
+template <typename T>
+std::unique_ptr<T[], Free> room(int64_t count) {
+  return std::unique_ptr<T[], Free>(static_cast<T*>(std::aligned_alloc(64, up(count * sizeof(T), 64) * 64)));
+}
+
+inline __mmask16 lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+}
+
+// the first of up to 16 values from `at`, zeros behind them
+inline __m512 load(const float* at, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), at); }
+inline __m512 load(const half* at, int64_t count) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(count), at)), 16));
+}
+inline void store(float* at, __m512 x, int64_t count) { _mm512_mask_storeu_ps(at, lanes(count), x); }
+inline void store(half* at, __m512 x, int64_t count) {
+  _mm256_mask_storeu_epi16(at, lanes(count), qdm::halves((qdm::Floats)x));
+}
+
+// 2^x, zero from afar, NaN from NaN: error 7.5e-5 of degree 3 (a bfloat16 keeps 2e-3), 2.6e-6 of degree 4, 8e-8 of degree 5.
+template <int kDegree>
+inline __m512 power(__m512 x) {
+  constexpr float kTerms[3][6] = {{0.07802452f, 0.22606718f, 0.69583352f, 0.99992522f},
+                                  {0.0135341667f, 0.0520114629f, 0.241442756f, 0.693003835f, 1.00000259f},
+                                  {0.00187757656f, 0.00898934038f, 0.0558263178f, 0.240153617f, 0.693153073f, 0.999999925f}};
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(kTerms[kDegree - 3][0]);
+  for (int i = 1; i <= kDegree; ++i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kTerms[kDegree - 3][i]));
+  return _mm512_scalef_ps(p, x);
+}
+
+// The mean of some keys: weights do not change with a common part of all keys, and what is left loses less to rounding. Zeros unless
+// `rounded`.
+template <typename T>
+void common_part(const View<const T>& k, int64_t b, int64_t h, const Shape& s, float* mean, bool rounded) {
+  const int64_t every = up(s.keys, kSampled), count = up(s.keys, every);
+  const __m512 share = _mm512_set1_ps(1.0f / static_cast<float>(count));
+  for (int64_t c = 0; c < s.width; c += kLanes) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; rounded && i < s.keys; i += every) sum = _mm512_add_ps(sum, load(k.row(b, h, i) + c, s.width - c));
+    _mm512_store_ps(mean + c, _mm512_mul_ps(sum, share));
+  }
+}
+
+}  // namespace
+
+#endif
