@@ -167,9 +167,10 @@ class DpConfig(RuleConfig):
     refine: int = Field(12, ge=0)
     """Trajectories spent on comparing plans by their measured error: those of other objectives, then with one full call moved."""
     mixed: bool = True
-    """Segments may reuse different cuts."""
+    """Segments may reuse different cuts; those of `predict: linear` never do, since a line needs the same tensor twice."""
     predict: Literal["reuse", "linear"] = "reuse"
-    """linear: extrapolate the reused tensor from the last two full calls, at the steps where that is measured to be nearer."""
+    """linear: extrapolate the reused tensor from the last two full calls, both kept, at the steps where that is measured to be nearer.
+    Errors are planned with as they are after it."""
     correction: Literal["dec", "none"] = "dec"
     """dec: per step and channel, scale and shift reused tensors as least squares say (CacheQuant's DEC)."""
     latency_batch: int = Field(1, ge=1)

@@ -6,6 +6,8 @@ calls between the last two. Whether the drift that it takes away is worth that i
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +17,54 @@ from qdm_cli.engine.caching.drive import Features, Loop, Taps, relative_error
 from qdm_cli.engine.caching.schedule import Action, Schedule
 
 
-def with_orders(schedule: Schedule, errors: dict[int, tuple[float, float]]) -> Schedule:
-    """The schedule with order 1 at the calls whose extrapolated prediction is nearer to the reference than the reused one."""
-    actions = list(schedule.actions)
+@dataclass(frozen=True)
+class Read:
+    """What a partial call reuses.
+
+    Attributes:
+        cut: id. call: its own place.
+        sources: full calls whose tensors it reads, the latest first: one, or two for an extrapolation.
+    """
+
+    cut: str
+    call: int
+    sources: tuple[int, ...]
+
+    def reused(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor of the latest full call, or the line through both at this call. tensors: of `sources`."""
+        if len(tensors) == 1:
+            return tensors[0]
+        latest, before = self.sources
+        return torch.lerp(tensors[1], tensors[0], 1 + (self.call - latest) / (latest - before))
+
+
+def reads_of(schedule: Schedule) -> dict[int, Read]:
+    """Partial call -> what it reads."""
+    found = {}
+    for action in schedule.actions:
+        if action.action == "partial":
+            full = [call for call in schedule.refreshes if call <= int(action.source or 0)]
+            found[action.call] = Read(str(action.cut), action.call, tuple(full[: -2 - action.order : -1]))
+    return found
+
+
+def last_reader(reads: Mapping[int, Read]) -> dict[int, tuple[int, str]]:
+    """Full call -> (last call that reads its tensor, cut)."""
+    return {source: (call, read.cut) for call, read in sorted(reads.items()) for source in read.sources}
+
+
+def linear(schedule: Schedule) -> Schedule:
+    """The schedule with order 1 at every call that has two full calls of its cut in a row before it."""
+    return with_orders(schedule, dict.fromkeys(range(schedule.sampler.calls), (1.0, 0.0)))
+
+
+def with_orders(schedule: Schedule, errors: Mapping[int, tuple[float, float]]) -> Schedule:
+    """The schedule with order 1 at the calls whose extrapolated prediction is nearer to the reference than the reused one, 0 at others.
+
+    Args:
+        errors: call -> (error of plain reuse, extrapolated).
+    """
+    actions = [action.model_copy(update={"order": 0}) for action in schedule.actions]
     for call, (plain, line) in errors.items():
         pair = _pair(schedule, actions[call])
         if line < plain and pair is not None:
@@ -38,7 +85,7 @@ def extrapolation_errors(
         reference: full-precision denoiser on the same inputs; None = the deployed model itself.
         starts: (first sample, samples) of each batch of trajectories.
     """
-    cuts = list(schedule.cuts)
+    cuts, reads = list(schedule.cuts), {call: read for call, read in reads_of(linear(schedule)).items() if len(read.sources) > 1}
     own, other = Taps(loop.loaded.denoiser, cuts), None if reference is None else Taps(reference, [])
     sums: dict[int, torch.Tensor] = {}
     for start, count in starts:
@@ -46,14 +93,12 @@ def extrapolation_errors(
 
         def answer(call: int, branch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             output, features = own.full(args, kwargs)
-            action = schedule.actions[call]
-            if action.action == "full":
+            if schedule.actions[call].action == "full":
                 kept[call, branch] = features  # noqa: B023
-            elif (pair := _pair(schedule, action)) is not None:
+            elif (read := reads.get(call)) is not None:
                 truth = loop.noise(output if other is None else other.full(args, kwargs)[0], count)  # noqa: B023
-                last, before = (kept[place, branch][str(action.cut)] for place in pair)  # noqa: B023
-                line = torch.lerp(before, last, 1 + (call - pair[0]) / (pair[0] - pair[1]))
-                found = [loop.noise(own.partial(str(action.cut), value, args, kwargs), count) for value in (last, line)]  # noqa: B023
+                tensors = [kept[source, branch][read.cut] for source in read.sources]  # noqa: B023
+                found = [loop.noise(own.partial(read.cut, value, args, kwargs), count) for value in (tensors[0], read.reused(tensors))]  # noqa: B023
                 errors = count * torch.tensor([relative_error(value, truth) for value in found])  # noqa: B023
                 sums[call] = sums.get(call, torch.zeros(2)) + errors
             return output

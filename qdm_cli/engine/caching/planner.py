@@ -10,6 +10,7 @@ import numpy as np
 
 from qdm_cli.engine.caching import dp, rules
 from qdm_cli.engine.caching.config import DeepCacheConfig, DeepCacheLdmConfig, DpConfig, MaskConfig, UniformConfig
+from qdm_cli.engine.caching.forecast import linear
 from qdm_cli.engine.caching.latency import Latency
 from qdm_cli.engine.caching.profile import added_errors
 from qdm_cli.engine.caching.schedule import (
@@ -86,7 +87,7 @@ def ruled(spec: Any, subject: Subject, latency: Latency) -> Schedule:
 
 
 def problem_of(spec: DpConfig, subject: Subject, errors: np.ndarray, weights: np.ndarray, latency: Latency) -> dp.Problem:
-    """The search problem of a profile.
+    """The search problem of a profile. One cut for all segments where calls extrapolate: the line needs the same tensor twice.
 
     Args:
         errors: [B, n, W] error of each prediction at each lag.
@@ -105,7 +106,7 @@ def problem_of(spec: DpConfig, subject: Subject, errors: np.ndarray, weights: np
         forced=frozenset(forced),
         starts=starts if spec.align == "step" else None,
         objective="sum" if spec.objective == "squares" else spec.objective,
-        mixed=spec.mixed,
+        mixed=spec.mixed and spec.predict == "reuse",
     )
 
 
@@ -140,7 +141,7 @@ def _uniform_within(problem: dp.Problem, subject: Subject, limit_ms: float) -> l
 
 
 def planned(plan: dp.Plan, curve: list[dp.Plan], spec: DpConfig, subject: Subject, latency: Latency) -> Schedule:
-    """A found plan as a schedule, with the curve that it was chosen from."""
+    """A found plan as a schedule, with the curve that it was chosen from; with `predict: linear` every call that can extrapolate does."""
     schedule = schedule_from_refreshes(
         plan.refreshes,
         cuts=subject.cuts,
@@ -151,7 +152,7 @@ def planned(plan: dp.Plan, curve: list[dp.Plan], spec: DpConfig, subject: Subjec
         provenance=subject.provenance,
         pareto=tuple(point_of(other, spec) for other in curve),
     )
-    return _complete(schedule, latency, cost_of(plan, spec))
+    return _complete(linear(schedule) if spec.predict == "linear" else schedule, latency, cost_of(plan, spec))
 
 
 def point_of(plan: dp.Plan, spec: DpConfig) -> ParetoPoint:

@@ -7,7 +7,7 @@ prediction holds quantization and reuse together, and exceeds the sum of both wh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qdm_cli.engine.caching.drive import Features, Loop, Taps, relative_error
+from qdm_cli.engine.caching.drive import Loop, Taps, relative_error
 from qdm_cli.engine.caching.schedule import Cut, SamplerRef
 from qdm_cli.engine.checkpoint import read_tensors, write_tensors
 
@@ -28,7 +28,8 @@ class Profile:
     """Sums over trajectories; `mean` turns them into averages.
 
     Attributes:
-        feature: [B, n, W] relative L2 error of the tensor of call i against the reference's tensor of call i + r.
+        feature: [B, n, W] relative L2 error of the tensor of call i (or what is extrapolated from it) against the reference's tensor of
+            call i + r.
         output: [B, n, W] relative L2 error of the prediction of call i + r when it reuses cut b of call i, against the reference's.
             r = 0 is the error of a full call: the quantization error. NaN where not measured.
         count: trajectories in it.
@@ -68,12 +69,13 @@ class DriftRun:
 
     Args:
         reference: full-precision denoiser with the same cuts; None = the deployed model is its own reference.
-        partial: measure predictions of partial calls: every lag, the first lag alone, or none.
+        lags: largest lag at which predictions of partial calls are measured.
+        line: partial calls extrapolate from two full calls.
     """
 
-    def __init__(self, loop: Loop, own: Taps, reference: Taps | None, profile: Profile, samples: int, lags: int):
+    def __init__(self, loop: Loop, own: Taps, reference: Taps | None, profile: Profile, samples: int, lags: int, *, line: bool = False):
         self.loop, self.own, self.reference = loop, own, reference
-        self.profile, self.samples, self.lags = profile, samples, lags
+        self.profile, self.samples, self.lags, self.line = profile, samples, lags, line
         self.window = profile.feature.shape[2]
         self.rings: dict[tuple[int, str], deque[torch.Tensor]] = {}
 
@@ -83,16 +85,24 @@ class DriftRun:
         truth = self.loop.noise(true_output, self.samples)
         share = self.samples / self.loop.passes
         for index, (name, feature) in enumerate(features.items()):
-            ring = self.rings.setdefault((branch, name), deque(maxlen=self.window))
+            ring = self.rings.setdefault((branch, name), deque(maxlen=2 * self.window if self.line else self.window))
             ring.appendleft(feature.detach())
-            for lag, kept in enumerate(ring):
-                place = (index, call - lag, lag)
-                self.profile.add(self.profile.feature, place, relative_error(kept, true_features[name]), share)
+            for lag in range(min(len(ring), self.window)):
+                place, reused = (index, call - lag, lag), self._reused(ring, lag)
+                self.profile.add(self.profile.feature, place, relative_error(reused, true_features[name]), share)
                 if lag <= self.lags:
-                    found = output if lag == 0 else self.own.partial(name, kept, args, kwargs)
+                    found = output if lag == 0 else self.own.partial(name, reused, args, kwargs)
                     error = relative_error(self.loop.noise(found, self.samples), truth)
                     self.profile.add(self.profile.output, place, error, share)
         return output
+
+    def _reused(self, ring: Sequence[torch.Tensor], lag: int) -> torch.Tensor:
+        """What a call reuses `lag` calls after the latest full one. Where the one before would be is not known yet: as far back as a
+        segment that ends here would begin, or at call 0."""
+        before = min(2 * lag + 1, len(ring) - 1)
+        if not self.line or lag == 0 or before == lag:
+            return ring[lag]
+        return torch.lerp(ring[before], ring[lag], 1 + lag / (before - lag))
 
 
 def drift(
@@ -103,6 +113,7 @@ def drift(
     *,
     window: int,
     lags: int,
+    line: bool = False,
     starts: list[tuple[int, int]],
     resume: Path,
     progress: Callable[[int, int], None],
@@ -113,6 +124,7 @@ def drift(
         reference: full-precision denoiser; None = the deployed model is full precision itself.
         window: W, the longest segment.
         lags: largest lag at which predictions of partial calls are measured; 0 = none.
+        line: partial calls extrapolate linearly.
         starts: (first sample, samples) of each batch of trajectories.
         resume: folder of finished batches, which are not run again.
     """
@@ -123,7 +135,7 @@ def drift(
         path = resume / f"drift-{number:04d}.safetensors"
         if not path.exists():
             part = Profile.empty(len(cuts), sampler.calls, window)
-            loop.run(start, count, DriftRun(loop, own, other, part, count, lags))
+            loop.run(start, count, DriftRun(loop, own, other, part, count, lags, line=line))
             part.count = count
             part.write(path)
         parts.append(Profile.read(path))
@@ -218,54 +230,3 @@ def rollout_weights(
         found.append(error / max(float(np.mean(replay.local)), 1e-9))
         progress(number + 1, len(places))
     return np.exp(np.interp(np.arange(calls), places, np.log(np.maximum(found, 1e-9))))
-
-
-def corrections(
-    loop: Loop, cut_of_call: dict[int, tuple[str, int]], cuts: list[Cut], calls: int, starts: list[tuple[int, int]]
-) -> dict[str, torch.Tensor]:
-    """DEC of CacheQuant (caching spec 3.1): per partial call and channel, scale and shift that fit the reused to the true tensor best.
-
-    Args:
-        cut_of_call: partial call -> (cut id, call that it reuses).
-
-    Returns:
-        `scale.<cut>` and `shift.<cut>`, [calls, channels] f32; 1 and 0 for calls that do not reuse the cut.
-    """
-    own = Taps(loop.loaded.denoiser, cuts)
-    sums: dict[tuple[int, str], torch.Tensor] = {}
-    for start, count in starts:
-        kept: dict[tuple[int, int], Features] = {}
-
-        def answer(call: int, branch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            output, kept[call, branch] = own.full(args, kwargs)  # noqa: B023
-            if call in cut_of_call:
-                cut, source = cut_of_call[call]
-                found = _moments(kept[source, branch][cut], kept[call, branch][cut])  # noqa: B023
-                sums[call, cut] = sums.get((call, cut), torch.zeros_like(found)) + found
-            return output
-
-        loop.run(start, count, answer)
-    tables: dict[str, torch.Tensor] = {}
-    for cut in cuts:
-        channels = next((int(value.shape[1]) for (_, name), value in sums.items() if name == cut.id), 0)
-        if channels:
-            tables[f"scale.{cut.id}"], tables[f"shift.{cut.id}"] = torch.ones(calls, channels), torch.zeros(calls, channels)
-    for (call, cut_id), value in sums.items():
-        tables[f"scale.{cut_id}"][call], tables[f"shift.{cut_id}"][call] = least_squares(value)
-    return tables
-
-
-def _moments(cached: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """[5, C] f64: n, Sx, Sy, Sxx, Sxy per channel; channels are dimension 1 of images, the last of tokens."""
-    x, y = (value.detach().double().movedim(1 if value.ndim == 4 else -1, 0).flatten(1) for value in (cached, true))
-    n = torch.full_like(x[:, 0], x.shape[1])
-    return torch.stack([n, x.sum(1), y.sum(1), (x * x).sum(1), (x * y).sum(1)]).cpu()
-
-
-def least_squares(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, shift) [C] f32 that minimise sum (scale x + shift - y)^2 from `n, Sx, Sy, Sxx, Sxy`; a constant channel keeps scale 1."""
-    n, x, y, xx, xy = sums
-    variance = xx - x * x / n
-    flat = variance <= 1e-12 * xx.clamp_min(1e-300)
-    scale = torch.where(flat, torch.ones_like(x), (xy - x * y / n) / variance.masked_fill(flat, 1.0))
-    return scale.float(), ((y - scale * x) / n).float()

@@ -134,8 +134,6 @@ def _cache(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(("cache", "budget"), f"needs exactly one of {', '.join(dict(cache.budget))} (got {', '.join(given) or 'none'})")
         if given == ["fid_increase"] and (cache.verify is None or cache.verify.samples < FEW_IMAGES):
             yield Finding(("cache", "budget", "fid_increase"), f"needs cache.verify.samples of at least {FEW_IMAGES}")
-        if cache.predict == "linear" and cache.correction != "none":
-            yield Finding(("cache", "predict"), "linear needs correction none: corrections are fitted to plain reuse")
         if cache.cuts == ():
             yield Finding(("cache", "cuts"), "names no cut; write auto for the defaults")
         if cache.max_interval > steps:

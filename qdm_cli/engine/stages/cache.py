@@ -20,6 +20,7 @@ from qdm_cli import __version__
 from qdm_cli.engine.artifact import hash_file, write_json
 from qdm_cli.engine.caching import dp, emit, forecast, plots, profile
 from qdm_cli.engine.caching.config import FEW_STEPS, BlockRange, DpConfig, RuleConfig
+from qdm_cli.engine.caching.correct import corrections
 from qdm_cli.engine.caching.drive import Loop
 from qdm_cli.engine.caching.latency import Latency, measure
 from qdm_cli.engine.caching.planner import Subject, planned, problem_of, ruled
@@ -249,6 +250,7 @@ def profiled(spec: DpConfig, models: Models, subject: Subject, ctx: RunContext) 
         subject.sampler,
         window=window,
         lags=window - 1 if spec.drift == "output" else 1,
+        line=spec.predict == "linear",
         starts=batches_of(spec),
         resume=ctx.resume,
         progress=lambda done, total: ctx.events.progress("drift profile", done, total),
@@ -306,10 +308,7 @@ def extrapolated(spec: DpConfig, models: Models, schedule: Schedule, ctx: RunCon
 
 def corrections_of(spec: DpConfig, loop: Loop, schedule: Schedule) -> Tables:
     """Per-step scales and shifts of the schedule's reused tensors."""
-    reused = {action.call: (str(action.cut), int(action.source or 0)) for action in schedule.actions if action.action == "partial"}
-    return profile.corrections(
-        replace(loop, prompts=_prompts(spec.data.prompts)), reused, list(schedule.cuts), schedule.sampler.calls, batches_of(spec)
-    )
+    return corrections(replace(loop, prompts=_prompts(spec.data.prompts)), schedule, batches_of(spec))
 
 
 # ---------------------------------------------------------------- files

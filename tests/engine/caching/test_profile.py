@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from qdm_cli.engine.caching import forecast, profile
-from qdm_cli.engine.caching.drive import Loop, Taps, driven, last_latents, relative_error
+from qdm_cli.engine.caching import correct, forecast, profile
+from qdm_cli.engine.caching.drive import Loop, Taps, driven, following, last_latents, relative_error
 from qdm_cli.engine.caching.latency import Latency, call_arguments, measure
 from qdm_cli.engine.caching.runtime import SplitDenoiser, candidate_cuts
-from qdm_cli.engine.caching.schedule import ModelRef, SamplerRef, schedule_from_refreshes
+from qdm_cli.engine.caching.schedule import ModelRef, SamplerRef, Schedule, schedule_from_refreshes
 from qdm_cli.engine.caching.trace import log_snr, trace_sampler
 from qdm_cli.engine.diffusion.sampling import generate
 from qdm_cli.engine.models import load_pipeline
@@ -238,24 +239,74 @@ class TestCorrections:
     def test_least_squares_recovers_a_line(self) -> None:
         x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
         scale, shift = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.1, 0.0, -1.0])
-        found = profile.least_squares(profile._moments(x, x * scale.view(1, 3, 1, 1) + shift.view(1, 3, 1, 1)))
+        found = correct.least_squares(correct._moments(x, x * scale.view(1, 3, 1, 1) + shift.view(1, 3, 1, 1)))
         torch.testing.assert_close(found[0], scale)
         torch.testing.assert_close(found[1], shift, atol=1e-6, rtol=1e-5)
 
     def test_a_constant_channel_is_shifted_alone(self) -> None:
         flat = torch.full((1, 1, 2, 2), 3.0)
-        scale, shift = profile.least_squares(profile._moments(flat, flat + 1))
+        scale, shift = correct.least_squares(correct._moments(flat, flat + 1))
         assert (scale.item(), shift.item()) == (1.0, pytest.approx(1.0))
 
-    def test_corrected_tensors_are_nearer(self, loop: Loop) -> None:
+    @pytest.mark.parametrize("order", [0, 1], ids=["reused", "extrapolated"])
+    def test_corrected_tensors_are_nearer(self, loop: Loop, order: int) -> None:
+        """They equal least squares in NumPy over what each call would reuse; calls that reuse nothing keep 1 and 0."""
         cut = candidate_cuts(loop.loaded.denoiser)[0]
-        tables = profile.corrections(loop, {2: (cut.id, 0), 4: (cut.id, 3)}, [cut], STEPS, [(7, 2)])
+        schedule = schedule_with(loop, (0, 1, 3), cut, order)
+        tables = correct.corrections(loop, schedule, [(7, 2)])
         scale, shift = tables[f"scale.{cut.id}"], tables[f"shift.{cut.id}"]
         assert torch.equal(scale[[0, 1, 3]], torch.ones(3, scale.shape[1])) and not shift[[0, 1, 3]].any()
         _, features, _ = direct(loop, cut, 2)
-        for call, source in ((2, 0), (4, 3)):
-            fixed = features[source] * scale[call].view(1, -1, 1, 1) + shift[call].view(1, -1, 1, 1)
-            assert (fixed - features[call]).norm() < (features[source] - features[call]).norm()
+        reused = {2: features[1], 4: features[3]}
+        if order:
+            reused = {2: 2 * features[1] - features[0], 4: 1.5 * features[3] - 0.5 * features[1]}
+        for call, tensor in reused.items():
+            fixed = tensor * scale[call].view(1, -1, 1, 1) + shift[call].view(1, -1, 1, 1)
+            assert (fixed - features[call]).norm() < (tensor - features[call]).norm()
+            for channel in range(scale.shape[1]):
+                line = np.polyfit(tensor[:, channel].flatten().double().numpy(), features[call][:, channel].flatten().double().numpy(), 1)
+                assert (scale[call, channel].item(), shift[call, channel].item()) == pytest.approx(tuple(line), rel=1e-3, abs=1e-4)
+
+    def test_they_are_applied_to_the_extrapolated_tensor(self, loop: Loop) -> None:
+        """A partial call that runs along a schedule reads exactly what was fitted."""
+        cut = candidate_cuts(loop.loaded.denoiser)[0]
+        schedule = schedule_with(loop, (0, 1), cut, 1)
+        tables = correct.corrections(loop, schedule, [(7, 2)])
+        seen: list[torch.Tensor] = []
+        with following(loop, schedule, tables) as cache:
+            split = cache._splits[cut.id]
+            partial, full, kept = split.run_partial, split.run_full, []
+            split.run_partial = lambda call, feature, *rest: (seen.append(feature), partial(call, feature, *rest))[1]  # type: ignore[assignment]
+            split.run_full = lambda *given: (kept.append(full(*given)), kept[-1])[1]  # type: ignore[assignment]
+            loop.run(7, 2)
+        first, second = (feature for _, feature in kept)
+        for call, feature in zip((2, 3, 4), seen, strict=True):
+            line = torch.lerp(first, second, float(call))
+            scale, shift = (tables[f"{kind}.{cut.id}"][call].view(1, -1, 1, 1) for kind in ("scale", "shift"))
+            torch.testing.assert_close(feature, line * scale + shift)
+
+    def test_only_what_is_still_to_be_read_is_held(self, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+        cut = candidate_cuts(loop.loaded.denoiser)[0]
+        held: list[Any] = []
+
+        def full(self: Taps, args: Any, kwargs: Any) -> Any:
+            feature = torch.randn_like(args[0])
+            held.append(weakref.ref(feature))
+            return args[0], {cut.id: feature}
+
+        alive: list[int] = []
+        moments = correct._moments
+        monkeypatch.setattr(Taps, "full", full)
+        monkeypatch.setattr(Loop, "run", hand_driven)
+        monkeypatch.setattr(correct, "_moments", lambda *pair: (alive.append(sum(ref() is not None for ref in held)), moments(*pair))[1])
+        correct.corrections(loop, schedule_with(loop, (0, 2), cut, 0), [(0, 2)])
+        assert alive == [2, 2, 2]  # the tensor that is reused and the true one
+
+
+def schedule_with(loop: Loop, refreshes: tuple[int, ...], cut: Any, order: int) -> Schedule:
+    sampler, _ = trace_sampler(loop.loaded, loop.sampler)
+    schedule = schedule_from_refreshes(refreshes, cuts=[cut], model=ModelRef(class_="M", config_sha256=""), sampler=sampler)
+    return forecast.linear(schedule) if order else schedule
 
 
 def test_latency_covers_every_cut_and_both_guidance_calls(loop: Loop) -> None:
@@ -268,6 +319,30 @@ def test_latency_covers_every_cut_and_both_guidance_calls(loop: Loop) -> None:
 
 
 class TestExtrapolation:
+    @pytest.mark.parametrize("line", [False, True], ids=["reused", "extrapolated"])
+    def test_the_profile_holds_the_errors_of_what_will_be_reused(
+        self, loop: Loop, monkeypatch: pytest.MonkeyPatch, line: bool, tmp_path: Path
+    ) -> None:
+        """Tensors grow by one per call: behind two full calls the line is exact, behind the first alone there is none."""
+        cut = candidate_cuts(loop.loaded.denoiser)[0]
+        sampler, _ = trace_sampler(loop.loaded, loop.sampler)
+        count = iter(range(STEPS))
+
+        def full(self: Taps, args: Any, kwargs: Any) -> Any:
+            call = next(count)
+            return args[0] * 0 + 10 + call, {cut.id: torch.full_like(args[0], 10.0 + call)}
+
+        monkeypatch.setattr(Taps, "full", full)
+        monkeypatch.setattr(Taps, "partial", lambda self, cut, feature, args, kwargs: feature)
+        monkeypatch.setattr(Loop, "run", hand_driven)
+        drift = {"window": 3, "lags": 2, "starts": [(0, 2)], "resume": tmp_path, "progress": quietly}
+        found = profile.drift(loop, None, [cut], sampler, line=line, **drift)  # type: ignore[arg-type]
+        for table in (found.feature, found.output):
+            for call in range(STEPS):
+                for lag in range(min(3, STEPS - call)):
+                    exact = line and call > 0
+                    assert table[0, call, lag] == pytest.approx(0.0 if exact else lag / (10 + call + lag), abs=1e-6)
+
     def test_it_is_chosen_where_the_tensor_moves_on_a_line(self, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
         """Tensors grow by one per call: the line is exact. With alternating noise on them plain reuse is nearer."""
         cut = candidate_cuts(loop.loaded.denoiser)[0]

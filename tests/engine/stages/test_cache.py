@@ -239,6 +239,13 @@ class TestPlanning:
         named = bench.schedule.corrections
         assert named is not None and named.sha256 == hash_file(bench.ctx.payload / named.file)
 
+    def test_extrapolating_plans_keep_one_cut_and_are_corrected_too(self, tmp_path: Path) -> None:
+        bench = Bench(tmp_path, {"method": "dp", **PLAIN, **SMALL, "predict": "linear", "correction": "dec"})
+        bench.run()
+        partial = [action for action in bench.schedule.actions if action.action == "partial"]
+        assert len({action.cut for action in partial}) == 1 and bench.schedule.corrections is not None
+        assert all(action.order == 0 for action in partial if action.source == 0)
+
     def test_measurements_are_kept_for_a_run_that_continues(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         section = {"method": "dp", **PLAIN, **SMALL}
         Bench(tmp_path, section).run()
