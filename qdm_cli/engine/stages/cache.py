@@ -289,9 +289,9 @@ def weighed(spec: DpConfig, loop: Loop, subject: Subject, ctx: RunContext) -> np
 
 
 def completed(spec: DpConfig, models: Models, schedule: Schedule, ctx: RunContext) -> tuple[Schedule, Tables]:
-    """The schedule with extrapolation where it helps, or else with tables of corrections; empty = none."""
+    """The schedule with extrapolation where it helps, and tables of corrections; empty = none."""
     if spec.predict == "linear":
-        return extrapolated(spec, models, schedule, ctx), {}
+        schedule = extrapolated(spec, models, schedule, ctx)
     return schedule, corrections_of(spec, models.own, schedule) if spec.correction == "dec" else {}
 
 
