@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qdm_cli.engine.artifact import write_json
 from qdm_cli.engine.caching import dp, verify
 from qdm_cli.engine.caching.config import CacheBudget, CacheVerify, DpConfig
 from qdm_cli.engine.caching.drive import Loop, following
@@ -70,6 +72,8 @@ def of_quality(
 ) -> tuple[Schedule, Tables]:
     """The fastest schedule of the curve that keeps the budget against the same model uncached, as it will run: completed.
 
+    What was measured is kept for a run that continues.
+
     Raises:
         GateFailed: none does that reuses anything.
         EnvironmentProblem: what the budget is measured with is not on this machine.
@@ -79,26 +83,33 @@ def of_quality(
     sampled = partial(_sampled, own, check, ctx)
     criterion = criterion_of(spec.budget, check, sampled(), models.base, ctx)
     reusing = [plan for plan in curve if len(plan.refreshes) < subject.sampler.calls]
-    completed: dict[int, tuple[Schedule, Tables]] = {}
-    reached: dict[int, str] = {}
+    path = ctx.resume / "budget.json"
+    values: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def as_written(index: int) -> tuple[Schedule, Tables]:
+        return complete(planned(reusing[index], curve, spec, subject, latency))
 
     def passes(index: int) -> bool:
-        completed[index] = complete(planned(reusing[index], curve, spec, subject, latency))
-        value = criterion.measure(sampled(following(own, *completed[index])))
+        if str(index) not in values:
+            values[str(index)] = criterion.measure(sampled(following(own, *as_written(index))))
+            write_json(path, values)
+        kept = criterion.kept(values[str(index)])
+        ctx.events.log(f"budget: {reached(index)}, {'kept' if kept else 'not kept'}")
+        return kept
+
+    def reached(index: int) -> str:
         speedup = latency.full_ms * subject.sampler.calls / reusing[index].latency_ms
-        reached[index] = f"{speedup:.2f}x: {criterion.name} {value:.4g}"
-        ctx.events.log(f"budget: {reached[index]}, {'kept' if criterion.kept(value) else 'not kept'}")
-        return criterion.kept(value)
+        return f"{speedup:.2f}x: {criterion.name} {values[str(index)]:.4g}"
 
     index = verify.bisected(len(reusing), passes) if reusing else None
     if index is not None:
-        return completed[index]
-    nearest = f"the slowest reaches {reached[len(reusing) - 1]}" if reusing else "none is faster than the uncached model"
+        return as_written(index)
+    nearest = f"the slowest reaches {reached(len(reusing) - 1)}" if reusing else "none is faster than the uncached model"
     text = f"cache.budget: no schedule that reuses anything keeps {criterion.name} {criterion.limit:g}; {nearest}"
     if not (ctx.smoke and reusing):
         raise GateFailed(f"{text}. Allow more error or more cuts.")
     ctx.warn(text)
-    return completed[len(reusing) - 1]
+    return as_written(len(reusing) - 1)
 
 
 def _sampled(own: Loop, check: CacheVerify, ctx: RunContext, cache: Cache | None = None) -> verify.Samples:

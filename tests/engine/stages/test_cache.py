@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from qdm_cli.engine.artifact import Artifact, Manifest, hash_file
+from qdm_cli.engine.caching import verify
 from qdm_cli.engine.caching.latency import Latency
 from qdm_cli.engine.caching.schedule import Schedule, read_schedule
 from qdm_cli.engine.context import RunContext, Silent, StageResult
@@ -202,6 +203,17 @@ class TestPlanning:
         assert bench.schedule.corrections is not None or "predict" in settings
         kept = [line for line in lines if line.startswith("budget: ") and line.endswith(", kept")]
         assert f"latent_error {found:.4g}, kept" in kept[-1] and found <= 0.3
+
+    def test_a_budget_goes_on_where_it_was_left(self, tmp_path: Path, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The second run measures nothing but the uncached model, and chooses the same."""
+        section = {"method": "dp", "budget": {"latent_error": 0.3}, **PLAIN, **SMALL}
+        bench = Bench(tmp_path, section, measured=measured)
+        bench.run()
+        first, sampled = bench.schedule.actions, []
+        sample = verify.sample
+        monkeypatch.setattr(verify, "sample", lambda *args: (sampled.append(args[3]), sample(*args))[1])
+        Bench(tmp_path, section).run()
+        assert bench.schedule.actions == first and sampled == [None]
 
     def test_an_error_budget_that_only_the_uncached_model_keeps(self, tmp_path: Path, measured: Path) -> None:
         bench = Bench(tmp_path, {"method": "dp", "budget": {"latent_error": 1e-9}, "verify": FEW, **SMALL}, measured=measured)
