@@ -17,6 +17,7 @@ from qdm_cli.engine.caching.drive import Loop, following, relative_errors
 from qdm_cli.engine.caching.latency import Latency
 from qdm_cli.engine.caching.planner import Subject, planned, problem_of, starting_plans
 from qdm_cli.engine.caching.refine import Trials, refined
+from qdm_cli.engine.caching.runtime import Cache
 from qdm_cli.engine.caching.schedule import Cut, Figures, Schedule, schedule_from_refreshes
 from qdm_cli.engine.evaluation.images import PairedMetrics
 
@@ -54,15 +55,18 @@ def verified(
         cuts: those that a uniform rival may use.
         corrections: tables of the schedule; None = none.
     """
-    count, batch = spec.samples, spec.batch
-    truth = verify.sample(models.base, count, batch)
-    uncached = verify.sample(models.own, count, batch) if models.quantized else truth
-    cached = verify.sample(models.own, count, batch, following(models.own, schedule, corrections))
+
+    def sample(loop: Loop, cache: Cache | None = None) -> verify.Samples:
+        return verify.sample(loop, spec.samples, spec.batch, cache, lambda done: ctx.events.progress("verification", done, spec.samples))
+
+    truth = sample(models.base)
+    uncached = sample(models.own) if models.quantized else truth
+    cached = sample(models.own, following(models.own, schedule, corrections))
     found = chosen_scores(spec, cached, truth)
     metrics: dict[str, float | None] = {"speedup_loop": uncached.seconds / cached.seconds, **found}
     metrics["latent_error_to_uncached"] = verify.latent_error(cached, uncached)
     if models.quantized:
-        other = verify.sample(models.base, count, batch, following(models.base, schedule, corrections))
+        other = sample(models.base, following(models.base, schedule, corrections))
         table = verify.Interaction(*(verify.latent_error(samples, truth) for samples in (other, uncached, cached)))
         metrics |= table.metrics()
         rows = "; ".join(f"{name} {plain:.4f}, cached {both:.4f}" for name, plain, both in verify.table_rows(table))
@@ -74,7 +78,7 @@ def verified(
     baseline: dict[str, float | None] = {}
     if spec.baseline != "none" and share < 1:
         fewer = verify.fewer_steps(models.own, share)
-        other = verify.sample(fewer, count, batch)
+        other = sample(fewer)
         baseline = {"steps": float(fewer.sampler.steps), **chosen_scores(spec, other, truth)}
         metrics |= {f"fewer_steps_{name}": value for name, value in baseline.items()}
         ctx.events.log(f"{fewer.sampler.steps} uncached steps take the same time: " + _shown(baseline) + "; cached: " + _shown(found))
