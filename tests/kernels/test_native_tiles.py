@@ -17,7 +17,7 @@ from qdm_kernels.native.producers import Grid
 from qdm_kernels.quantize import reference
 
 pytestmark = pytest.mark.skipif(tiles.why_not() is not None, reason=str(tiles.why_not()))
-SHAPES = [(1, 64, 1), (31, 128, 33), (32, 64, 32), (33, 320, 96), (65, 192, 320), (257, 1280, 48), (0, 64, 8)]
+SHAPES = [(1, 64, 1), (31, 128, 33), (32, 64, 32), (33, 320, 96), (65, 192, 320), (257, 1280, 48), (0, 64, 8), (4101, 64, 160)]
 
 
 @pytest.fixture(autouse=True, params=[(1, 32_768), (2, 32_768), (3, 2048)], ids=["1 thread", "2 threads", "3 threads, small cuts"])

@@ -128,6 +128,14 @@ inline __m256i halves(Floats v) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded, 16));
 #endif
 }
+
+inline __m512i halves(Floats low, Floats high) {
+#if defined(__AVX512BF16__)
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+  return _mm512_inserti64x4(_mm512_castsi256_si512(halves(low)), halves(high), 1);
+#endif
+}
 #endif
 
 // f(0), f(1) ... as constants: GCC 12 leaves an array that a loop indexes in memory.

@@ -44,17 +44,20 @@ using namespace qdm;
 
 constexpr int64_t kSide = 32;       // rows and outputs of a block
 constexpr int64_t kTile = 16 * 64;  // bytes of 16 outputs in a step
+constexpr int kPast = 4;            // of `kind`: float32 written past the caches, whole lines of them
 
 template <int Kind>
 inline Floats loaded(const void* from, int64_t at, __mmask16 mask) {
-  if (Kind == 0) return (Floats)_mm512_maskz_loadu_ps(mask, static_cast<const float*>(from) + at);
+  if (Kind == 0 || Kind == kPast) return (Floats)_mm512_maskz_loadu_ps(mask, static_cast<const float*>(from) + at);
   const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(from) + at);
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
 }
 
 template <int Kind>
 inline void stored(void* to, int64_t at, Floats v, __mmask16 mask) {
-  if (Kind == 0)
+  if (Kind == kPast)
+    _mm512_stream_ps(static_cast<float*>(to) + at, (__m512)v);
+  else if (Kind == 0)
     _mm512_mask_storeu_ps(static_cast<float*>(to) + at, mask, (__m512)v);
   else
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + at, mask, halves(v));
@@ -93,8 +96,7 @@ inline void finish(const QdmProduct& p, const int32_t* sums, const Columns* half
   }
   if (Kind == 1 && !p.residual && half[1].mask == 0xffff) {  // a line of the cache at a time
     const Floats low = half[0].values(sums, own), high = half[1].values(sums + kLanes, own);
-    const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(halves(low)), halves(high), 1);
-    _mm512_storeu_si512(static_cast<uint16_t*>(p.out) + m * p.outputs + n, line);
+    _mm512_storeu_si512(static_cast<uint16_t*>(p.out) + m * p.outputs + n, halves(low, high));
     return;
   }
   for (int i = 0; i < 2; ++i) {

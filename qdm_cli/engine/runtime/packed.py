@@ -31,7 +31,7 @@ BUFFERS = ("weight", "weight_scale", "weight_zero_point", "bias", "act_scale", "
 
 @dataclass(frozen=True)
 class Gated:
-    """A gated layer in AMX tiles, its outputs interleaved; packed: None = it does not fit."""
+    """A gated layer for `native.tiles`, its outputs interleaved; packed: None = it does not fit."""
 
     packed: tiles.Packed | None
     scale: Tensor
@@ -270,7 +270,7 @@ class PackedLayer(nn.Module):
         self, x: Tensor, prepared: Any, *, affine: tuple[Tensor, Tensor] | None = None, silu: bool = False, gain: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
-        """Output + residual for silu(x * factor + offset) * gain, quantized on its way into AMX tiles, as x; None = not here."""
+        """Output + residual for silu(x * factor + offset) * gain, quantized on its way into `native.tiles`, as x; None = not here."""
         if prepared.backend != "cpu" or prepared.strategy not in tiles.KINDS or torch.compiler.is_compiling() or not producers.takes(x):
             return None
         home: Any = conv2d_cpu if self.spec.kind == "conv2d" else linear_cpu
