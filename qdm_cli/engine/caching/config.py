@@ -165,7 +165,8 @@ class DpConfig(RuleConfig):
     """What is smallest: the root of the sum of squares of the weighted errors (errors that do not align), their sum, the largest, or the
     sum among schedules with the smallest largest."""
     refine: int = Field(12, ge=0)
-    """Trajectories spent on comparing plans by their measured error: those of other objectives, then with one full call moved."""
+    """Trajectories spent on comparing plans by their measured error to full precision: those of other objectives, then with one full call
+    moved."""
     mixed: bool = True
     """Segments may reuse different cuts; those of `predict: linear` never do, since a line needs the same tensor twice."""
     predict: Literal["reuse", "linear"] = "reuse"

@@ -128,6 +128,8 @@ def _caching(recipe: Recipe, steps: int) -> list[Calls]:
         passes = ceil(data.samples / data.batch) * steps
         if cache.refine and (cache.budget.speedup or cache.budget.latency_ms):
             found.append(Calls("cache", "plans compared", (cache.refine + 1) * passes, images))
+        if cache.predict == "linear":
+            found.append(Calls("cache", "extrapolation compared", passes * (1 + quantized), images))
         if cache.correction == "dec":
             found.append(Calls("cache", "corrections", passes, images))
     if cache.verify is not None:

@@ -129,7 +129,7 @@ def _shown(values: dict[str, float | None]) -> str:
 
 def measured_best(
     spec: DpConfig,
-    loop: Loop,
+    models: Models,
     batches: list[tuple[int, int]],
     subject: Subject,
     measured: tuple[np.ndarray, np.ndarray],
@@ -137,9 +137,14 @@ def measured_best(
     limit_ms: float,
     ctx: RunContext,
 ) -> dp.Plan:
-    """The plan within `limit_ms` whose trajectories end nearest to the uncached ones; trials are kept for a run that continues.
+    """The plan within `limit_ms` whose trajectories end nearest to those of the uncached full-precision model; trials are kept for a run
+    that continues.
+
+    Full precision, since a reused tensor also brings the errors of quantization of another call: at 4 bits, plans of equal distance to the
+    quantized model's own trajectory differ in their distance to the true one.
 
     Args:
+        models: own runs along the plans, base is the truth; both with the prompts of the samples.
         batches: (first sample, samples) of the trajectories.
         measured: errors and weights, as `problem_of` takes them.
     """
@@ -149,9 +154,9 @@ def measured_best(
 
     def errors(plan: dp.Plan) -> np.ndarray:
         if not truth:
-            truth.extend(loop.run(start, count) for start, count in batches)
-        with following(loop, planned(plan, [], spec, subject, latency)):
-            found = [relative_errors(loop.run(start, count), true) for (start, count), true in zip(batches, truth, strict=True)]
+            truth.extend(models.base.run(start, count) for start, count in batches)
+        with following(models.own, planned(plan, [], spec, subject, latency)):
+            found = [relative_errors(models.own.run(start, count), true) for (start, count), true in zip(batches, truth, strict=True)]
         values = torch.cat(found).numpy().astype(np.float64)
         stored.append([plan.refreshes, plan.cuts, values.tolist()])
         write_json(path, stored)

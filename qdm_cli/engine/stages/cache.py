@@ -228,8 +228,9 @@ def plan(spec: DpConfig, models: Models, subject: Subject, latency: Latency, ctx
             ctx.warn(text)
             found = curve[0]
         elif spec.refine:
-            loop = replace(models.own if spec.plan_on == "deployed" else models.base, prompts=_prompts(spec.data.prompts))
-            found = measured_best(spec, loop, batches_of(spec), subject, (errors, weights), latency, limit, ctx)
+            base = replace(models.base, prompts=_prompts(spec.data.prompts))
+            own = replace(models.own, prompts=base.prompts) if spec.plan_on == "deployed" else base
+            found = measured_best(spec, Models(own, base), batches_of(spec), subject, (errors, weights), latency, limit, ctx)
         schedule, tables = completed(spec, models, planned(found, curve, spec, subject, latency), ctx)
     else:
         schedule, tables = of_quality(spec, models, subject, curve, latency, lambda plain: completed(spec, models, plain, ctx), ctx)

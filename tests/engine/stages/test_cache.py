@@ -14,6 +14,7 @@ from PIL import Image
 
 from qdm_cli.engine.artifact import Artifact, Manifest, hash_file
 from qdm_cli.engine.caching import verify
+from qdm_cli.engine.caching.drive import following, relative_errors
 from qdm_cli.engine.caching.latency import Latency
 from qdm_cli.engine.caching.schedule import Schedule, read_schedule
 from qdm_cli.engine.context import RunContext, Silent, StageResult
@@ -250,6 +251,21 @@ class TestPlanning:
         bench.run()
         named = bench.schedule.corrections
         assert named is not None and named.sha256 == hash_file(bench.ctx.payload / named.file)
+
+    @pytest.mark.usefixtures("fixed_latency")
+    def test_plans_of_a_quantized_model_are_compared_by_their_error_to_full_precision(self, tmp_path: Path, quantized: Artifact) -> None:
+        """A plan that reuses nothing still has the error of quantization."""
+        bench = Bench(tmp_path, {"method": "dp", "budget": {"speedup": 1.2}, **PLAIN, **SMALL, "refine": 2})
+        bench.run(quantized)
+        trials = json.loads((bench.ctx.resume / "trials.json").read_text())
+        errors = next(errors for refreshes, _, errors in trials if tuple(refreshes) == bench.schedule.refreshes)
+        models = stage.load(quantized, bench.ctx)
+        start = stage.PROFILE_START
+        truth = models.base.run(start, 1)
+        with following(models.own, bench.schedule):
+            own = models.own.run(start, 1)
+        assert errors == pytest.approx(relative_errors(own, truth).tolist(), rel=1e-6)
+        assert errors != pytest.approx(relative_errors(own, models.own.run(start, 1)).tolist(), rel=1e-3)
 
     def test_extrapolating_plans_keep_one_cut_and_are_corrected_too(self, tmp_path: Path) -> None:
         bench = Bench(tmp_path, {"method": "dp", **PLAIN, **SMALL, "predict": "linear", "correction": "dec"})
