@@ -6,6 +6,7 @@ prediction holds quantization and reuse together, and exceeds the sum of both wh
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -28,8 +29,8 @@ class Profile:
     """Sums over trajectories; `mean` turns them into averages.
 
     Attributes:
-        feature: [B, n, W] relative L2 error of the tensor of call i (or what is extrapolated from it) against the reference's tensor of
-            call i + r.
+        feature: [B, n, W] relative L2 error of the tensor of call i against the reference's tensor of call i + r; of the extrapolated
+            tensor where its prediction is nearer.
         output: [B, n, W] relative L2 error of the prediction of call i + r when it reuses cut b of call i, against the reference's.
             r = 0 is the error of a full call: the quantization error. NaN where not measured.
         count: trajectories in it.
@@ -70,7 +71,7 @@ class DriftRun:
     Args:
         reference: full-precision denoiser with the same cuts; None = the deployed model is its own reference.
         lags: largest lag at which predictions of partial calls are measured.
-        line: partial calls extrapolate from two full calls.
+        line: partial calls may extrapolate from two full calls: the nearer prediction counts.
     """
 
     def __init__(self, loop: Loop, own: Taps, reference: Taps | None, profile: Profile, samples: int, lags: int, *, line: bool = False):
@@ -83,26 +84,37 @@ class DriftRun:
         output, features = self.own.full(args, kwargs)
         true_output, true_features = (output, features) if self.reference is None else self.reference.full(args, kwargs)
         truth = self.loop.noise(true_output, self.samples)
-        share = self.samples / self.loop.passes
+        own = relative_error(self.loop.noise(output, self.samples), truth)
+
+        def prediction_error(name: str, tensor: torch.Tensor, lag: int) -> float:
+            if lag == 0 or lag > self.lags:
+                return math.inf if lag else own
+            return relative_error(self.loop.noise(self.own.partial(name, tensor, args, kwargs), self.samples), truth)
+
         for index, (name, feature) in enumerate(features.items()):
             ring = self.rings.setdefault((branch, name), deque(maxlen=2 * self.window if self.line else self.window))
             ring.appendleft(feature.detach())
             for lag in range(min(len(ring), self.window)):
-                place, reused = (index, call - lag, lag), self._reused(ring, lag)
-                self.profile.add(self.profile.feature, place, relative_error(reused, true_features[name]), share)
-                if lag <= self.lags:
-                    found = output if lag == 0 else self.own.partial(name, reused, args, kwargs)
-                    error = relative_error(self.loop.noise(found, self.samples), truth)
-                    self.profile.add(self.profile.output, place, error, share)
+                measured = [(prediction_error(name, tensor, lag), tensor) for tensor in self._reusable(ring, lag)]
+                found = min((error, relative_error(tensor, true_features[name])) for error, tensor in measured)
+                self._note((index, call - lag, lag), *found)
         return output
 
-    def _reused(self, ring: Sequence[torch.Tensor], lag: int) -> torch.Tensor:
-        """What a call reuses `lag` calls after the latest full one. Where the one before would be is not known yet: as far back as a
-        segment that ends here would begin, or at call 0."""
+    def _reusable(self, ring: Sequence[torch.Tensor], lag: int) -> list[torch.Tensor]:
+        """What a call may reuse `lag` calls after the latest full one: its tensor, or the line through it and the one before.
+
+        Where that one will be is not known yet: as far back as a segment that ends here would begin, or at call 0.
+        """
         before = min(2 * lag + 1, len(ring) - 1)
         if not self.line or lag == 0 or before == lag:
-            return ring[lag]
-        return torch.lerp(ring[before], ring[lag], 1 + lag / (before - lag))
+            return [ring[lag]]
+        return [ring[lag], torch.lerp(ring[before], ring[lag], 1 + lag / (before - lag))]
+
+    def _note(self, place: tuple[int, int, int], prediction: float, feature: float) -> None:
+        share = self.samples / self.loop.passes
+        self.profile.add(self.profile.feature, place, feature, share)
+        if math.isfinite(prediction):
+            self.profile.add(self.profile.output, place, prediction, share)
 
 
 def drift(
@@ -124,7 +136,7 @@ def drift(
         reference: full-precision denoiser; None = the deployed model is full precision itself.
         window: W, the longest segment.
         lags: largest lag at which predictions of partial calls are measured; 0 = none.
-        line: partial calls extrapolate linearly.
+        line: partial calls may extrapolate linearly.
         starts: (first sample, samples) of each batch of trajectories.
         resume: folder of finished batches, which are not run again.
     """

@@ -298,8 +298,9 @@ def completed(spec: DpConfig, models: Models, schedule: Schedule, ctx: RunContex
 
 def extrapolated(spec: DpConfig, models: Models, schedule: Schedule, ctx: RunContext) -> Schedule:
     """The schedule with linear extrapolation where it is measured to be nearer than plain reuse."""
-    loop = replace(models.own, prompts=_prompts(spec.data.prompts))
-    reference = models.base.loaded.denoiser if models.quantized else None
+    chosen = models.own if spec.plan_on == "deployed" else models.base
+    loop = replace(chosen, prompts=_prompts(spec.data.prompts))
+    reference = models.base.loaded.denoiser if chosen is not models.base else None
     errors = forecast.extrapolation_errors(loop, reference, schedule, batches_of(spec))
     found = forecast.with_orders(schedule, errors)
     allowed = sum(action.order for action in found.actions)

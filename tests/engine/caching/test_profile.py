@@ -319,29 +319,34 @@ def test_latency_covers_every_cut_and_both_guidance_calls(loop: Loop) -> None:
 
 
 class TestExtrapolation:
+    @pytest.mark.parametrize("noise", [0.0, 5.0], ids=["on a line", "noisy"])
     @pytest.mark.parametrize("line", [False, True], ids=["reused", "extrapolated"])
     def test_the_profile_holds_the_errors_of_what_will_be_reused(
-        self, loop: Loop, monkeypatch: pytest.MonkeyPatch, line: bool, tmp_path: Path
+        self, loop: Loop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, line: bool, noise: float
     ) -> None:
-        """Tensors grow by one per call: behind two full calls the line is exact, behind the first alone there is none."""
+        """Tensors grow by one per call: behind two full calls the line is exact, unless noise makes plain reuse nearer."""
         cut = candidate_cuts(loop.loaded.denoiser)[0]
         sampler, _ = trace_sampler(loop.loaded, loop.sampler)
+        kept = [10 + call + noise * (-1) ** call for call in range(STEPS)]
         count = iter(range(STEPS))
 
         def full(self: Taps, args: Any, kwargs: Any) -> Any:
             call = next(count)
-            return args[0] * 0 + 10 + call, {cut.id: torch.full_like(args[0], 10.0 + call)}
+            return args[0] * 0 + 10 + call, {cut.id: torch.full_like(args[0], kept[call])}
 
         monkeypatch.setattr(Taps, "full", full)
         monkeypatch.setattr(Taps, "partial", lambda self, cut, feature, args, kwargs: feature)
         monkeypatch.setattr(Loop, "run", hand_driven)
         drift = {"window": 3, "lags": 2, "starts": [(0, 2)], "resume": tmp_path, "progress": quietly}
         found = profile.drift(loop, None, [cut], sampler, line=line, **drift)  # type: ignore[arg-type]
-        for table in (found.feature, found.output):
-            for call in range(STEPS):
-                for lag in range(min(3, STEPS - call)):
-                    exact = line and call > 0
-                    assert table[0, call, lag] == pytest.approx(0.0 if exact else lag / (10 + call + lag), abs=1e-6)
+        for call in range(STEPS):
+            for lag in range(1, min(3, STEPS - call)):
+                candidates, before = [kept[call]], max(call - lag - 1, 0)
+                if line and call:
+                    candidates.append(kept[call] + lag * (kept[call] - kept[before]) / (call - before))
+                error, nearest = min((abs(value - 10 - call - lag), value) for value in candidates)
+                assert found.output[0, call, lag] == pytest.approx(error / (10 + call + lag), abs=1e-6)
+                assert found.feature[0, call, lag] == pytest.approx(abs(nearest / kept[call + lag] - 1), abs=1e-6)
 
     def test_it_is_chosen_where_the_tensor_moves_on_a_line(self, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
         """Tensors grow by one per call: the line is exact. With alternating noise on them plain reuse is nearer."""
