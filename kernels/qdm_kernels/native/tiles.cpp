@@ -15,14 +15,19 @@ struct alignas(64) Config {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// What was written is in memory: GCC 12's intrinsics of tiles name 8 bytes of a configuration, and nothing of what a tile is loaded from.
+inline void settle(const void* at) { asm volatile("" : : "r"(at) : "memory"); }
+
 // The tiles of this thread for as long as it lives; then those that oneDNN may have set up before are back.
 class Tiles {
  public:
   Tiles() {
+    settle(this);
     _tile_storeconfig(&before_);
     _tile_loadconfig(&mine_);
   }
   ~Tiles() {
+    settle(this);
     if (before_.palette)
       _tile_loadconfig(&before_);
     else
@@ -41,6 +46,7 @@ struct Ahead {
 
 // Sums of a block of 32 rows and 32 outputs.
 inline void multiply(const QdmProduct& p, const int8_t* x, const int8_t* weight, int32_t* sums, Ahead ahead) {
+  settle(x);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
