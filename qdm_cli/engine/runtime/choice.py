@@ -26,8 +26,9 @@ Range = tuple[int, int]
 # Multiply-adds below which integers do not pay: a layer costs 0.2 ms of calls, in which two AVX2 cores do 32 M in float32 and 64 M in int8.
 # One call of the builtin W4A4 model, 1, 4 and 16 images: 25, 47, 120 ms at 8 M; 20, 35, 90 ms at 64 M; fp32 18, 45, 115 ms.
 SMALL_PRODUCT = 64_000_000
-# The same where `native.tiles` multiplies. Builtin W4A4 model, one core of a Xeon, 1, 4, 16 images: 18, 30, 78 ms at 64 M and with large
-# blocks fused alone, 19, 28, 66 ms at 8 M and with those from 2,048 values on fused too; fp32 14, 34, 114 ms.
+# The same where AMX multiplies. Builtin W4A4 model, one core of a Xeon, 1, 4, 16 images: 18, 30, 78 ms at 64 M and with large
+# blocks fused alone, 19, 28, 66 ms at 8 M and with those from 2,048 values on fused too; fp32 14, 34, 114 ms. With AVX512-VNNI alone the
+# builtin W8A8 model takes 15 ms for one image at 64 M and 24 ms at 8 M.
 SMALL_PRODUCT_TILED = 8_000_000
 BF16_PRODUCT = 8_000_000  # multiply-adds from which a float layer of an fp32 model is worth its casts, where bf16 is native
 FEW_ROWS, MANY_ROWS = 2, 4096  # rows that a GPU layer is chosen for: one per image, or tokens and pixels
@@ -131,7 +132,7 @@ _FEW = "at most 16 rows: the product waits for its weights"
 
 
 def _small_product() -> int:
-    return min(SMALL_PRODUCT, SMALL_PRODUCT_TILED) if tiles.why_not() is None else SMALL_PRODUCT
+    return min(SMALL_PRODUCT, SMALL_PRODUCT_TILED) if tiles.kind() == "amx" else SMALL_PRODUCT
 
 
 def choose(case: Case, mode: Mode) -> Choice:

@@ -66,6 +66,8 @@ def open_pipeline(
 
 def _register() -> None:
     register()
+    from diffusers import DiffusionPipeline  # noqa: F401  registration waits for the import behind it
+
     status = registration_status()
     if status["state"] != "registered":
         raise EnvironmentProblem(f"qdm is not registered with diffusers: {status['why']}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,13 @@ def test_load_gives_the_simulated_outputs(exported: Path, tiny_unet, make_state,
     assert len(packed_layers(unet)) == len(state.layers)
     for timestep in (800, 333.3, torch.tensor([10, 790])):
         assert torch.equal(unet(x, timestep).sample, tiny_unet(x, timestep).sample)
+
+
+def test_load_is_all_that_a_fresh_process_calls(exported: Path) -> None:
+    """As README shows it: nothing of diffusers is imported before."""
+    code = f"import qdm_cli; print(type(qdm_cli.load({str(exported)!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout.strip()) == (0, "DDIMPipeline"), done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
