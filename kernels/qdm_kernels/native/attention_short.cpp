@@ -299,28 +299,12 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
   return failed;
 }
 
-template <typename T>
-int run(const void* q, const void* k, const void* v, void* out, const int64_t* sizes, const int64_t* by, float scale, int threads) {
-  const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
-  const auto view = [](const void* at, const int64_t* by) { return View<const T>{static_cast<const T*>(at), {by[0], by[1], by[2]}}; };
-  const View<T> to{static_cast<T*>(out), {by[9], by[10], by[11]}};
-  return attention<T>(view(q, by), view(k, by + 3), view(v, by + 6), to, shape, scale, threads);
-}
-
 }  // namespace
 
 // As in attention.cpp, of a kind of its own. Returns 2 = scores may be too large.
 extern "C" int qdm_attention_products() { return 2; }
 
-extern "C" int qdm_attention_f32(const void* q, const void* k, const void* v, void* out, const int64_t* sizes, const int64_t* by,
-                                 float scale, int threads) {
-  return run<float>(q, k, v, out, sizes, by, scale, threads);
-}
-
-extern "C" int qdm_attention_bf16(const void* q, const void* k, const void* v, void* out, const int64_t* sizes, const int64_t* by,
-                                  float scale, int threads) {
-  return run<half>(q, k, v, out, sizes, by, scale, threads);
-}
+#include "attention_exports.h"
 
 #else
 
