@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.caching.drive import Features, Loop, Taps, relative_error
+from qdm_cli.engine.caching.runtime.kept import line
 from qdm_cli.engine.caching.schedule import Action, Schedule
 
 
@@ -35,7 +36,7 @@ class Read:
         if len(tensors) == 1:
             return tensors[0]
         latest, before = self.sources
-        return torch.lerp(tensors[1], tensors[0], 1 + (self.call - latest) / (latest - before))
+        return line(tensors[1], tensors[0], (self.call - latest) / (latest - before))
 
 
 def reads_of(schedule: Schedule) -> dict[int, Read]:
@@ -65,9 +66,9 @@ def with_orders(schedule: Schedule, errors: Mapping[int, tuple[float, float]]) -
         errors: call -> (error of plain reuse, extrapolated).
     """
     actions = [action.model_copy(update={"order": 0}) for action in schedule.actions]
-    for call, (plain, line) in errors.items():
+    for call, (plain, extrapolated) in errors.items():
         pair = _pair(schedule, actions[call])
-        if line < plain and pair is not None:
+        if extrapolated < plain and pair is not None:
             actions[call] = actions[call].model_copy(update={"order": 1})
             # a full call that nothing reused plainly is kept all the same
             actions[pair[1]] = actions[pair[1]].model_copy(update={"cut": actions[call].cut})

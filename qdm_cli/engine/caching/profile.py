@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.caching.drive import Loop, Taps, relative_error
+from qdm_cli.engine.caching.runtime.kept import line
 from qdm_cli.engine.caching.schedule import Cut, SamplerRef
 from qdm_cli.engine.checkpoint import read_tensors, write_tensors
 
@@ -108,7 +109,7 @@ class DriftRun:
         before = min(2 * lag + 1, len(ring) - 1)
         if not self.line or lag == 0 or before == lag:
             return [ring[lag]]
-        return [ring[lag], torch.lerp(ring[before], ring[lag], 1 + lag / (before - lag))]
+        return [ring[lag], line(ring[before], ring[lag], lag / (before - lag))]
 
     def _note(self, place: tuple[int, int, int], prediction: float, feature: float) -> None:
         share = self.samples / self.loop.passes

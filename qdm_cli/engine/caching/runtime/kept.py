@@ -125,5 +125,9 @@ class Kept:
         """The tensor as it is, or extrapolated linearly to a call where two are held; None = as it is."""
         if call is None or self.before is None:
             return self.store.get()
-        ratio = (call - self.source) / (self.source - self.before.source)
-        return torch.lerp(self.before.store.get(), self.store.get(), 1 + ratio)
+        return line(self.before.store.get(), self.store.get(), (call - self.source) / (self.source - self.before.source))
+
+
+def line(before: torch.Tensor, latest: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The straight line through two kept tensors, behind the latest. ratio: calls since the latest per calls between both."""
+    return torch.lerp(before, latest, 1 + ratio)
