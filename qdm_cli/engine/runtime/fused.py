@@ -34,7 +34,7 @@ from qdm_kernels.native.producers import Grid
 from qdm_kernels.quantize.op import quantize
 
 HIDDEN_BYTES = 2 << 20  # per thread, of the widest activation of a feed-forward: it then stays in the last-level cache
-LEAST_VALUES_TILED = 2_048  # of an image where `native.tiles` multiplies what native producers write (choice.SMALL_PRODUCT_TILED)
+LEAST_VALUES_TILED = 2_048  # of an image where `native.tiles` multiplies what native producers write (measured with AMX)
 LEAST_VALUES = 65_536  # of an image: blocks of the builtin model, 32,768 and fewer, took 136 ms for 16 images with them and 94 ms without
 
 
