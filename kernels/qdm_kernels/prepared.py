@@ -37,8 +37,8 @@ class Prepared:
 
     @property
     def reads_unsigned(self) -> bool:
-        """Does the layer also take uint8 codes, shifted by +128? That saves the pass which shifts int8 ones for oneDNN and VNNI."""
-        return self.backend == "cpu" and self.state.strategy in ("onednn", "vnni")
+        """Does the layer also take uint8 codes, shifted by +128? That saves the pass which shifts int8 ones for what multiplies them."""
+        return self.backend == "cpu" and self.state.reads_unsigned
 
     @property
     def code_dtype(self) -> torch.dtype:

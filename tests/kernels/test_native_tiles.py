@@ -1,4 +1,4 @@
-"""Products in AMX tiles and AVX512-VNNI: exact sums, the contract's outputs bit for bit, whatever the shape, the cut, the threads."""
+"""Products in AMX tiles, AVX512-VNNI and AVX2: exact sums, the contract's outputs bit for bit, whatever the shape, the cut, the threads."""
 
 from __future__ import annotations
 
@@ -52,6 +52,30 @@ def test_product(draw, m: int, k: int, n: int, z: int) -> None:
             assert torch.allclose(got.float(), want.float(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize(("bits", "zero_points"), [(8, (-90, 90)), (4, (-8, 7)), (4, (0, 0)), (5, (-16, 15))])
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_weights_with_zero_points(draw, m: int, k: int, n: int, bits: int, zero_points: tuple[int, int]) -> None:
+    """Where weights minus their zero points do not fit into bytes, the sums of the inputs are taken off."""
+    x, w, (scale, bias) = draw((m, k)), draw((n, k), -(1 << bits - 1), (1 << bits - 1) - 1), vectors(n)
+    zero = torch.randint(zero_points[0], zero_points[1] + 1, (n,), dtype=torch.int32)
+    packed, sums = tiles.pack(w, zero), (x.double() - 7) @ (w.double() - zero[:, None]).T
+    assert torch.equal(tiles.product(x, 7, packed, scale, None, torch.full((m, n), 77, dtype=torch.int32)).double(), sums)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.full((m, n), torch.nan, dtype=dtype)
+        assert torch.equal(tiles.product(x, 7, packed, scale, bias, out), (sums.float() * scale + bias).to(dtype))
+
+
+@pytest.mark.parametrize(("weight", "zero"), [(-128, 127), (127, -128), (-8, 7), (-16, 0), (15, 0), (127, 0)])
+def test_extremes_of_inputs_and_weights(weight: int, zero: int) -> None:
+    w = torch.full((40, 1024), weight, dtype=torch.int8)
+    packed = tiles.pack(w, torch.full((40,), zero, dtype=torch.int32))
+    for value in (-128, 127):
+        x = torch.full((7, 1024), value, dtype=torch.int8)
+        assert (
+            tiles.product(x, 0, packed, torch.ones(40), None, torch.empty((7, 40), dtype=torch.int32)) == value * (weight - zero) * 1024
+        ).all()
+
+
 @pytest.mark.parametrize("value", [-128, 127])
 def test_extremes(value: int) -> None:
     x, w = torch.full((40, 4096), value, dtype=torch.int8), torch.full((5, 4096), -128, dtype=torch.int8)
@@ -90,13 +114,15 @@ CONVOLUTIONS = [
 ]
 
 
+@pytest.mark.parametrize("far", [0, 100], ids=["centred", "zero points"])
 @pytest.mark.parametrize(("shape", "kernel", "keys"), CONVOLUTIONS, ids=str)
-def test_convolution(draw, shape: tuple[int, ...], kernel: tuple[int, ...], keys: dict) -> None:
+def test_convolution(draw, shape: tuple[int, ...], kernel: tuple[int, ...], keys: dict, far: int) -> None:
     w, x = draw((kernel[0], shape[1], *kernel[1:])), draw(shape).contiguous(memory_format=torch.channels_last)
     scale, bias = vectors(kernel[0])
-    zero = torch.zeros(kernel[0], dtype=torch.int32)
+    zero = torch.randint(-far, far + 1, (kernel[0],), dtype=torch.int32)
     layers = [conv2d_op.prepare(w, scale, zero, bias, **keys, backend=name) for name in ("cpu", "reference")]
-    assert layers[0].strategy == tiles.kind()
+    transformed = kernel[1:] == (3, 3) and "stride" not in keys and "dilation" not in keys and tiles.kind() == "avx2"
+    assert layers[0].strategy == (tiles.WINOGRAD if transformed else tiles.kind())
     images = torch.rand(shape[0], 1, 1, 1)
     for z in (torch.tensor(0), torch.tensor(-77)):
         sums = [conv2d_op.accumulate(x, z, layer) for layer in layers]
@@ -113,13 +139,35 @@ def test_convolution(draw, shape: tuple[int, ...], kernel: tuple[int, ...], keys
             assert a.numel() == 0 or a.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.skipif(tiles.kind() != "avx2", reason="3x3 convolutions are transformed in AVX2 alone")
+def test_transformed_extremes() -> None:
+    for code, zero in ((-128, 127), (127, -128)):
+        w = torch.full((5, 64, 3, 3), code, dtype=torch.int8)
+        w[1:, ::2] = -code - 1
+        layers = [conv2d_op.prepare(w, torch.ones(5), torch.full((5,), zero), None, backend=name) for name in ("cpu", "reference")]
+        assert layers[0].strategy == tiles.WINOGRAD
+        for value in (-128, 127):
+            x = torch.full((1, 64, 7, 8), value, dtype=torch.int8)
+            x[..., ::2] = -value - 1
+            assert torch.equal(*(conv2d_op.accumulate(x, torch.tensor(3), layer) for layer in layers))
+
+
+@pytest.mark.skipif(tiles.kind() != "avx2", reason="3x3 convolutions are transformed in AVX2 alone")
+def test_weights_too_large_to_be_transformed() -> None:
+    """Four times a sum would pass int32."""
+    w = torch.full((1, 3712, 3, 3), 127, dtype=torch.int8)
+    layers = [conv2d_op.prepare(w, torch.ones(1), torch.zeros(1, dtype=torch.int32), None, backend=name) for name in ("cpu", "reference")]
+    assert layers[0].strategy == "avx2"
+    x = torch.full((1, 3712, 8, 8), -128, dtype=torch.int8)
+    assert torch.equal(*(conv2d_op.accumulate(x, torch.tensor(0), layer) for layer in layers))
+
+
 def test_what_tiles_do_not_take(draw) -> None:
     zero = torch.zeros(8, dtype=torch.int32)
-    assert linear_op.prepare(draw((8, 72)), torch.ones(8), zero, None, backend="cpu").strategy not in tiles.KINDS
-    assert linear_op.prepare(draw((8, 64)), torch.ones(8), zero + 120, None, backend="cpu").strategy not in tiles.KINDS
-    assert linear_op.prepare(draw((8, 64), -8, 7), torch.ones(8), zero + 7, None, backend="cpu").strategy == tiles.kind()
+    assert linear_op.prepare(draw((8, 72)), torch.ones(8), zero, None, backend="cpu").strategy not in tiles.STRATEGIES
+    assert linear_op.prepare(draw((8, 64)), torch.ones(8), zero + 120, None, backend="cpu").strategy == tiles.kind()
     grouped = conv2d_op.prepare(draw((8, 64, 3, 3)), torch.ones(8), zero, None, groups=2, backend="cpu")
-    assert grouped.strategy not in tiles.KINDS
+    assert grouped.strategy not in tiles.STRATEGIES
 
 
 def test_onednn_finds_its_tiles_again(draw) -> None:

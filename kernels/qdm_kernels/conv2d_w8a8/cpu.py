@@ -1,11 +1,11 @@
-"""Convolution on CPUs: in AMX tiles or AVX512-VNNI, else oneDNN u8 x s8 where exact for these weights, else float32 (README: Strategies).
+"""Convolution on CPUs: products of our own, else oneDNN u8 x s8 where exact for these weights, else float32 (README: Strategies).
 
 oneDNN's convolution with a zero point brings the whole weight into another layout in every call: torch packs it without. Where weights are
 many and pixels few that doubles its time, so such layers are products over unfolded codes: bytes, whose copies cost little.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,17 +40,22 @@ class Int8:
     bordered: bool
     strategy: str = "onednn"
     reason: str | None = None
+    reads_unsigned: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """Weights minus zero point as the matrix [O, kh * kw * I], in panels for what `strategy`, amx or vnni, multiplies with."""
+    """Weights as the matrix [O, kh * kw * I], in panels for what `strategy`, one of `tiles.STRATEGIES`, multiplies with."""
 
     packed: Packed
     kernel: Pair
     geometry: Conv2dGeometry
     strategy: str
     reason: str | None = None
+
+    @property
+    def reads_unsigned(self) -> bool:
+        return bool(self.packed.flip)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Unfolded:
     geometry: Conv2dGeometry
     strategy: str = "onednn"
     reason: str | None = None
+    reads_unsigned: ClassVar[bool] = True
 
     @property
     def matrix(self) -> linear.Int8:
@@ -82,6 +88,7 @@ class Float32:
     geometry: Conv2dGeometry
     reason: str | None
     strategy: str = "fp32"
+    reads_unsigned: ClassVar[bool] = False
 
 
 def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Tiled | Int8 | Unfolded | Float32:
@@ -106,9 +113,13 @@ def _prepare_tiled(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) 
     """The layer in tiles; None where this CPU or the layer has none."""
     if geometry.groups > 1 or codes.shape[1] % tiles.STEP or tiles.why_not():
         return None
-    weight = subtract_zero_point(codes, zero_point)
-    packed = linear.tiled_weight(weight.permute(0, 2, 3, 1).flatten(1))
-    return None if packed is None else Tiled(packed, (codes.shape[2], codes.shape[3]), geometry, cast(str, tiles.kind()))
+    kernel = codes.shape[2], codes.shape[3]
+    if kernel == (3, 3) and geometry.stride == geometry.dilation == (1, 1):
+        weight = subtract_zero_point(codes, zero_point)
+        if tiles.transforms(weight):
+            return Tiled(tiles.transform(weight), kernel, geometry, tiles.WINOGRAD)
+    packed = linear.tiled_weight(codes.permute(0, 2, 3, 1).flatten(1), zero_point)
+    return None if packed is None else Tiled(packed, kernel, geometry, cast(str, tiles.kind()))
 
 
 def _prepare_unfolded(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Unfolded | None:
@@ -203,7 +214,9 @@ def from_floats(
 
 
 def _is_one_matrix_per_tap(state: Tiled, height: int, width: int) -> bool:
-    """Is the layer a sum of products with the rows of an image that is so large with its border?"""
+    """Is the layer a sum of products with the rows of an image that is so large with its border, or with its transform?"""
+    if state.packed.transformed:
+        return True
     g = state.geometry
     return g.stride[0] == g.stride[1] and tiles.rows_of(height, width, state.kernel, g.stride[0], g.dilation) >= tiles.SIDE
 

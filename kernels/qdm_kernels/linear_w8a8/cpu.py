@@ -1,7 +1,7 @@
-"""Linear layer on CPUs: AMX tiles or AVX512-VNNI, else oneDNN u8 x s8 where exact for these weights, else float32 (README: Strategies)."""
+"""Linear layer on CPUs: products of our own, else oneDNN u8 x s8 where exact for these weights, else float32 (README: Strategies)."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from qdm_kernels.exact import (
     split_exact,
     subtract_input_sum,
     subtract_zero_point,
-    value_range,
     why_not_int8,
 )
 from qdm_kernels.native import tiles
@@ -32,15 +31,20 @@ class Int8:
     slices: tuple[Slice, ...]
     strategy: str = "onednn"
     reason: str | None = None
+    reads_unsigned: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """Weights minus zero point in panels for what `strategy`, amx or vnni, multiplies with."""
+    """Weights in panels for what `strategy`, one of `tiles.STRATEGIES`, multiplies with."""
 
     packed: Packed
     strategy: str
     reason: str | None = None
+
+    @property
+    def reads_unsigned(self) -> bool:
+        return bool(self.packed.flip)
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,18 @@ class Float32:
     row_sums: Tensor
     reason: str | None
     strategy: str = "fp32"
+    reads_unsigned: ClassVar[bool] = False
 
 
 def prepare(codes: Tensor, zero_point: Tensor) -> Tiled | Int8 | Float32:
     """Pack for the fastest exact strategy on this CPU; arguments as in `op.prepare`."""
-    packed = tiled_weight(subtract_zero_point(codes, zero_point))
+    packed = tiled_weight(codes, zero_point)
     return prepare_untiled(codes, zero_point) if packed is None else Tiled(packed, cast(str, tiles.kind()))
 
 
-def tiled_weight(weight: Tensor) -> Packed | None:
-    """A centred weight [N, K] in panels; None where this CPU or the layer has none."""
-    if not tiles.takes(*weight.shape) or value_range(weight) != value_range(weight.to(torch.int8)):
-        return None
-    return tiles.pack(weight.to(torch.int8))
+def tiled_weight(codes: Tensor, zero_point: Tensor) -> Packed | None:
+    """A weight [N, K] and its zero points [N] in panels; None where this CPU or the layer has none."""
+    return tiles.pack(codes, zero_point) if tiles.takes(*codes.shape) else None
 
 
 def prepare_untiled(codes: Tensor, zero_point: Tensor) -> Int8 | Float32:

@@ -1,21 +1,27 @@
-// Sixteen floats at a time in the vector extensions of GCC and clang, which every x86-64 has; intrinsics where the compiler needs help.
+// A register of floats at a time, 16 with AVX512 and 8 elsewhere, in the vector extensions of GCC and clang; intrinsics where the compiler
+// needs help.
 #pragma once
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #define QDM_INLINE __attribute__((always_inline))
 
 namespace qdm {
 
+#if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+#else
+constexpr int64_t kLanes = 8;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
 inline Floats all(float v) { return Floats{} + v; }
 inline Ints bits_of(Floats v) { return (Ints)v; }
@@ -34,7 +40,7 @@ struct Vector<uint16_t> {
   typedef Halves type;
 };
 
-// The first `count` of 16 values, zeros after them.
+// The first `count` values of a register, zeros after them.
 template <typename T>
 inline Floats load(const T* from, int64_t count = kLanes) {
   typename Vector<T>::type v{};
@@ -52,13 +58,7 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Floats>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #elif defined(__FMA__)
-  Floats out;
-  for (int half = 0; half < 2; ++half) {
-    const int at = 8 * half;
-    const __m256 x = _mm256_loadu_ps(reinterpret_cast<float*>(&a) + at), y = _mm256_loadu_ps(reinterpret_cast<float*>(&b) + at);
-    _mm256_storeu_ps(reinterpret_cast<float*>(&out) + at, _mm256_fmadd_ps(x, y, _mm256_loadu_ps(reinterpret_cast<float*>(&c) + at)));
-  }
-  return out;
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
 #endif
@@ -138,16 +138,26 @@ inline __m512i halves(Floats low, Floats high) {
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Rounded to bfloat16, half to even.
+inline __m128i halves(Floats v) {
+  const Ints bits = bits_of(v), odd = (bits >> 16) & 1;
+  const Ints rounded = v == v ? bits + 0x7fff + odd : bits | 0x400000;  // NaN stays NaN
+  const __m256i high = _mm256_srli_epi32((__m256i)rounded, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+#endif
+
 // f(0), f(1) ... as constants: GCC 12 leaves an array that a loop indexes in memory.
 template <typename F, int... I>
 inline void each(std::integer_sequence<int, I...>, F f) {
   (f(std::integral_constant<int, I>()), ...);
 }
 
-// The first `count` of 16 values, zeros after them.
+// The first `count` values of a register, zeros after them.
 inline Floats first(Floats v, int64_t count) { return count >= kLanes ? v : load(reinterpret_cast<const float*>(&v), count); }
 
-// f(c, k) for every 16 of `width` values from c on, k = 16 known to the compiler but for the last.
+// f(c, k) for every kLanes of `width` values from c on, k = kLanes known to the compiler but for the last.
 template <typename F>
 inline void sweep(int64_t width, F f) {
   int64_t c = 0;
@@ -155,10 +165,11 @@ inline void sweep(int64_t width, F f) {
   if (c < width) f(c, width - c);
 }
 
-inline float sum(Floats v) {
-  float at[kLanes];
-  store(at, v);
-  for (int width = 8; width; width /= 2)
+template <typename V>
+inline auto sum(V v) {
+  std::remove_reference_t<decltype(v[0])> at[kLanes];
+  std::memcpy(at, &v, sizeof v);
+  for (int width = kLanes / 2; width; width /= 2)
     for (int i = 0; i < width; ++i) at[i] += at[i + width];
   return at[0];
 }
@@ -189,6 +200,13 @@ class Quantizer {
     const Ints raw = (bits_of(v + 12582912.0f) + zero_) ^ flip_;
 #if defined(__AVX512F__)
     const Bytes codes = reinterpret_cast<Bytes>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(raw)));
+#elif defined(__AVX2__)
+    const __m128i low_bytes = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m128i four = _mm_shuffle_epi8(_mm256_castsi256_si128((__m256i)raw), low_bytes);
+    const __m128i more = _mm_shuffle_epi8(_mm256_extracti128_si256((__m256i)raw, 1), low_bytes);
+    const __m128i eight = _mm_unpacklo_epi32(four, more);
+    Bytes codes;
+    std::memcpy(&codes, &eight, kLanes);
 #else
     const Bytes codes = __builtin_convertvector(raw, Bytes);
 #endif

@@ -1,6 +1,7 @@
 // What products of int8 codes have in common whatever multiplies: their arguments, floats that become codes on the way in, and the epilogue.
 #pragma once
 #include <cstdlib>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -8,7 +9,7 @@ extern "C" {
 
 struct QdmProduct {
   const void* x;               // codes, or floats to quantize: [images][rows][channels], or [images][height][width][channels]
-  const int8_t* weight;        // [panels][steps][2][16][64]: `pack` in tiles.py
+  const void* weight;          // int8 [panels][steps][2][1024]: `pack` in tiles.py; winograd.cpp: int16
   const int64_t* offsets;      // [steps]
   const int32_t* shift;        // [N], taken off the sums: zero point (of flipped codes) times the sum of the weights
   const float* scale;          // [N]
@@ -20,6 +21,7 @@ struct QdmProduct {
   const float* factor;         // y = x * factor + offset is quantized, [images][channels] both; null = x is
   const float* offset;
   const float* x_gain;         // [channels], of what is quantized, last; null = 1
+  const int32_t* centre;       // [N], zero points that the weights still hold, or null: these times the sum of a row's codes are taken off too
   int64_t images;              // one for a linear layer
   int64_t rows, pitch, steps, outputs;  // the 64 bytes of step s of row m lie at codes + m * pitch + offsets[s]
   int64_t channels, stride;    // codes of a pixel or row of x; pitch is so many pixels, and a line of outputs so many lines
@@ -32,83 +34,164 @@ struct QdmProduct {
   int32_t kind;                // of out: 0 float32, 1 bfloat16, 2 int32 sums, 3 codes of value * gelu(gate)
   float inverse;               // of the grid of gated codes
   int32_t zero, bits, flip, x_flip, threads;
+  int32_t partial;             // groups of four codes whose sums stay in 16 bits, 8 or 4; 0 = AVX2 multiplies 16-bit codes, in pairs
 };
 
 }  // extern "C"
 
 #if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define QDM_MASKS
+#endif
+
+#if defined(QDM_MASKS) || (defined(__AVX2__) && !defined(__AVX512F__))
+
+namespace qdm {
+
+#ifdef QDM_MASKS
+
+// How many of the lanes of a register there are.
+struct Some {
+  __mmask16 mask;
+  explicit Some(int64_t count) : mask(static_cast<__mmask16>(count >= kLanes ? 0xffff : count > 0 ? (1 << count) - 1 : 0)) {}
+};
+
+inline Floats load(const float* from, Some some) { return (Floats)_mm512_maskz_loadu_ps(some.mask, from); }
+inline Floats load(const uint16_t* from, Some some) {
+  const __m256i half = _mm256_maskz_loadu_epi16(some.mask, from);
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
+inline Ints load(const int32_t* from, Some some) { return (Ints)_mm512_maskz_loadu_epi32(some.mask, from); }
+inline void store(float* to, Floats v, Some some) { _mm512_mask_storeu_ps(to, some.mask, (__m512)v); }
+inline void store(uint16_t* to, Floats v, Some some) { _mm256_mask_storeu_epi16(to, some.mask, halves(v)); }
+inline void store(int32_t* to, Ints v, Some some) { _mm512_mask_storeu_epi32(to, some.mask, (__m512i)v); }
+inline void stream(float* to, Floats v) { _mm512_stream_ps(to, (__m512)v); }
+
+#else
+
+struct Some {
+  int64_t count;
+  explicit Some(int64_t count) : count(std::clamp<int64_t>(count, 0, kLanes)) {}
+};
+
+template <typename V, typename T>
+inline V some_of(const T* from, Some some) {
+  V v{};
+  if (some.count == kLanes)
+    std::memcpy(&v, from, sizeof v);
+  else
+    std::memcpy(&v, from, some.count * sizeof(T));
+  return v;
+}
+
+template <typename V, typename T>
+inline void some_to(T* to, const V& v, Some some) {
+  if (some.count == kLanes)
+    std::memcpy(to, &v, kLanes * sizeof(T));
+  else
+    std::memcpy(to, &v, some.count * sizeof(T));
+}
+
+inline Floats load(const float* from, Some some) { return some_of<Floats>(from, some); }
+inline Floats load(const uint16_t* from, Some some) { return widen(some_of<Halves>(from, some)); }
+inline Ints load(const int32_t* from, Some some) { return some_of<Ints>(from, some); }
+inline void store(float* to, Floats v, Some some) { some_to(to, v, some); }
+inline void store(uint16_t* to, Floats v, Some some) { some_to(to, halves(v), some); }
+inline void store(int32_t* to, Ints v, Some some) { some_to(to, v, some); }
+inline void stream(float* to, Floats v) { _mm256_stream_ps(to, (__m256)v); }
+
+#endif
+
+}  // namespace qdm
 
 namespace {
 
 using namespace qdm;
 
-constexpr int64_t kSide = 32;       // rows and outputs of a block
-constexpr int64_t kTile = 16 * 64;  // bytes of 16 outputs in a step
+constexpr int64_t kSide = 32;       // outputs of a panel
+constexpr int64_t kTile = 16 * 64;  // codes of 16 outputs in a step
 constexpr int kPast = 4;            // of `kind`: float32 written past the caches, whole lines of them
 
+// Where value `at` of outputs or residuals of a kind lies.
 template <int Kind>
-inline Floats loaded(const void* from, int64_t at, __mmask16 mask) {
-  if (Kind == 0 || Kind == kPast) return (Floats)_mm512_maskz_loadu_ps(mask, static_cast<const float*>(from) + at);
-  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(from) + at);
-  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-}
-
+using Value = std::conditional_t<Kind == 0 || Kind == kPast, float, uint16_t>;
 template <int Kind>
-inline void stored(void* to, int64_t at, Floats v, __mmask16 mask) {
-  if (Kind == kPast)
-    _mm512_stream_ps(static_cast<float*>(to) + at, (__m512)v);
-  else if (Kind == 0)
-    _mm512_mask_storeu_ps(static_cast<float*>(to) + at, mask, (__m512)v);
-  else
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + at, mask, halves(v));
-}
+inline const Value<Kind>* place(const void* from, int64_t at) { return static_cast<const Value<Kind>*>(from) + at; }
+template <int Kind>
+inline Value<Kind>* place(void* to, int64_t at) { return static_cast<Value<Kind>*>(to) + at; }
 
-// What the 16 outputs of half a block have in common.
+// What a register of outputs has in common.
 struct Columns {
+  Some some;
   Floats scale, bias;
-  Ints shift;
-  __mmask16 mask;
+  Ints shift, centre;
 
-  Columns(const QdmProduct& p, int64_t n)
-      : mask(static_cast<__mmask16>(p.outputs - n >= kLanes ? 0xffff : n < p.outputs ? (1 << (p.outputs - n)) - 1 : 0)) {
-    scale = (Floats)_mm512_maskz_loadu_ps(mask, p.scale + n);
-    bias = p.bias ? (Floats)_mm512_maskz_loadu_ps(mask, p.bias + n) : all(0.0f);
-    shift = (Ints)_mm512_maskz_loadu_epi32(mask, p.shift + n);
+  Columns(const QdmProduct& p, int64_t n) : some(p.outputs - n) {
+    scale = load(p.scale + n, some);
+    bias = p.bias ? load(p.bias + n, some) : all(0.0f);
+    shift = load(p.shift + n, some);
+    centre = p.centre ? load(p.centre + n, some) : Ints{};
   }
 
-  Floats values(const int32_t* sums, const float* row_scale) const {
-    const Ints exact = *reinterpret_cast<const Ints*>(sums) - shift;
+  // total: the sum of the row's codes, or null
+  Ints exact(const int32_t* sums, const int32_t* total) const {
+    const Ints centred = *reinterpret_cast<const Ints*>(sums) - shift;
+    return total ? centred - centre * *total : centred;
+  }
+
+  Floats values(const int32_t* sums, const float* row_scale, const int32_t* total) const {
     const Floats product = row_scale ? *row_scale * scale : scale;  // the product of scales first, as in the contract
-    return __builtin_convertvector(exact, Floats) * product + bias;
+    return __builtin_convertvector(exact(sums, total), Floats) * product + bias;
   }
 };
 
-// One row of a block to memory; m: its place among the outputs. n: the first output of the panel as packed.
-template <int Kind>
-inline void finish(const QdmProduct& p, const int32_t* sums, const Columns* half, int64_t m, int64_t n, const Quantizer& codes) {
+// What the outputs of a panel, or of half a panel, have in common: one register of them after the other.
+template <int64_t kOutputs>
+struct Group {
+  static constexpr int kCount = kOutputs / kLanes;
+  Columns of[kCount];
+  Group(const QdmProduct& p, int64_t n) : Group(p, n, std::make_integer_sequence<int, kCount>()) {}
+
+ private:
+  template <int... I>
+  Group(const QdmProduct& p, int64_t n, std::integer_sequence<int, I...>) : of{Columns(p, n + I * kLanes)...} {}
+};
+using Panel = Group<kSide>;
+
+// One row of outputs to memory; m: its place among the outputs. n: the first of them, as packed. total: as in Columns.
+template <int Kind, int64_t kOutputs>
+inline void finish(const QdmProduct& p, const int32_t* sums, const Group<kOutputs>& part, int64_t m, int64_t n, const Quantizer& codes,
+                   const int32_t* total) {
+  constexpr int kCount = part.kCount;
   const float* own = p.row_scale ? p.row_scale + m : nullptr;
   if (Kind == 3) {
-    const int64_t at = n / 2;
-    Floats y = half[0].values(sums, own) * gelu(half[1].values(sums + kLanes, own));
-    y = p.gain ? y * load(p.gain + at) : y;
-    codes.store(static_cast<int8_t*>(p.out) + m * (p.outputs / 2) + at, y);
+    constexpr int kValues = kCount / 2;
+    for (int i = 0; i < kValues; ++i) {
+      const int64_t at = n / 2 + kLanes * i;
+      Floats y = part.of[i].values(sums + kLanes * i, own, total) * gelu(part.of[kValues + i].values(sums + kLanes * (kValues + i), own, total));
+      y = p.gain ? y * load(p.gain + at) : y;
+      codes.store(static_cast<int8_t*>(p.out) + m * (p.outputs / 2) + at, y);
+    }
     return;
   }
-  if (Kind == 1 && !p.residual && half[1].mask == 0xffff) {  // a line of the cache at a time
-    const Floats low = half[0].values(sums, own), high = half[1].values(sums + kLanes, own);
+#ifdef QDM_MASKS
+  if (Kind == 1 && !p.residual && part.of[1].some.mask == 0xffff) {  // a line of the cache at a time
+    const Floats low = part.of[0].values(sums, own, total), high = part.of[1].values(sums + kLanes, own, total);
     _mm512_storeu_si512(static_cast<uint16_t*>(p.out) + m * p.outputs + n, halves(low, high));
     return;
   }
-  for (int i = 0; i < 2; ++i) {
+#endif
+  for (int i = 0; i < kCount; ++i) {
     const int64_t at = m * p.outputs + n + kLanes * i;
     if (Kind == 2) {
-      const Ints exact = *reinterpret_cast<const Ints*>(sums + kLanes * i) - half[i].shift;
-      _mm512_mask_storeu_epi32(static_cast<int32_t*>(p.out) + at, half[i].mask, (__m512i)exact);
+      store(static_cast<int32_t*>(p.out) + at, part.of[i].exact(sums + kLanes * i, total), part.of[i].some);
       continue;
     }
-    Floats y = half[i].values(sums + kLanes * i, own);
-    if (p.residual) y += loaded<Kind>(p.residual, at, half[i].mask);
-    stored<Kind>(p.out, at, y, half[i].mask);
+    Floats y = part.of[i].values(sums + kLanes * i, own, total);
+    if (p.residual) y += load(place<Kind>(p.residual, at), part.of[i].some);
+    if (Kind == kPast)
+      stream(static_cast<float*>(p.out) + at, y);
+    else
+      store(place<Kind>(p.out, at), y, part.of[i].some);
   }
 }
 
@@ -153,6 +236,7 @@ void quantize(const QdmProduct& p, const T* x, int64_t image, int64_t count, int
     }
 }
 
+// The same of whatever x is: pixels or rows of an image from `at` on.
 void bring(const QdmProduct& p, int64_t image, int64_t at, int64_t count, int8_t* to) {
   const int64_t first = (image * (p.line ? p.height * p.width : p.rows) + at) * p.channels;
   if (p.x_kind == 0)
@@ -163,37 +247,50 @@ void bring(const QdmProduct& p, int64_t image, int64_t at, int64_t count, int8_t
     quantize(p, static_cast<const uint16_t*>(p.x) + first, image, count, to);
 }
 
+// The same as 16-bit integers; the bytes come to lie in the second half of their place, ahead of what is written.
+inline void bring(const QdmProduct& p, int64_t image, int64_t at, int64_t count, int16_t* to) {
+  const int64_t size = count * p.channels;  // a multiple of 64
+  const int8_t* from = reinterpret_cast<int8_t*>(to) + size;
+  bring(p, image, at, count, reinterpret_cast<int8_t*>(to) + size);
+  for (int64_t i = 0; i < size; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+}
+
 // Where the codes of some rows are: those of x itself, or made in memory of this thread.
+template <typename Code>
 struct Codes {
-  const int8_t* at;      // row 0 of the first image, wherever the rows that are there begin
+  const Code* at;        // row 0 of the first image, wherever the rows that are there begin
   int64_t image_pitch;
 };
 
-Codes codes_of(const QdmProduct& p, Range images, Range rows) {
+template <typename Code>
+Codes<Code> codes_of(const QdmProduct& p, Range images, Range rows) {
   if (!p.line) {
-    if (p.x_kind == 0) return {static_cast<const int8_t*>(p.x) + images.from * p.rows * p.pitch, p.rows * p.pitch};
-    int8_t* to = scratch((rows.to - rows.from) * p.pitch);
-    bring(p, images.from, rows.from, rows.to - rows.from, to);
+    if (sizeof(Code) == 1 && p.x_kind == 0) return {static_cast<const Code*>(p.x) + images.from * p.rows * p.pitch, p.rows * p.pitch};
+    Code* to = reinterpret_cast<Code*>(scratch((rows.to - rows.from) * p.pitch * sizeof(Code)));
+    constexpr int64_t kTogether = sizeof(Code) == 1 ? 1 << 30 : 16;
+    for (int64_t r = rows.from; r < rows.to; r += kTogether)
+      bring(p, images.from, r, std::min(kTogether, rows.to - r), to + (r - rows.from) * p.pitch);
     return {to - rows.from * p.pitch, 0};
   }
   const int64_t first = rows.from / p.line * p.stride, count = (rows.to - 1) / p.line * p.stride + p.reach + 1 - first;
-  const int64_t bytes = p.line * p.channels, left = p.left * p.channels, right = bytes - left - p.width * p.channels;
+  const int64_t size = p.line * p.channels, left = p.left * p.channels, right = size - left - p.width * p.channels;
   // some lines more: rows that are dropped read past the last
-  int8_t* const base = scratch(((images.to - images.from) * count + p.stride) * bytes);
-  int8_t* to = base;
-  const int zero = p.x_zero ^ p.x_flip;
+  Code* const base = reinterpret_cast<Code*>(scratch(((images.to - images.from) * count + p.stride) * size * sizeof(Code)));
+  Code* to = base;
+  const Code zero = static_cast<Code>(static_cast<int8_t>(p.x_zero ^ p.x_flip));
   for (int64_t image = images.from; image < images.to; ++image)
-    for (int64_t line = first; line < first + count; ++line, to += bytes) {
+    for (int64_t line = first; line < first + count; ++line, to += size) {
       const int64_t y = line - p.top;
       if (y < 0 || y >= p.height) {
-        std::memset(to, zero, bytes);
+        std::fill_n(to, size, zero);
         continue;
       }
-      std::memset(to, zero, left);
+      std::fill_n(to, left, zero);
       bring(p, image, y * p.width, p.width, to + left);
-      std::memset(to + bytes - right, zero, right);
+      std::fill_n(to + size - right, right, zero);
     }
-  return {base - first * bytes, count * bytes};
+  return {base - first * size, count * size};
 }
 
 }  // namespace

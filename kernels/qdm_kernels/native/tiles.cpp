@@ -3,9 +3,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <vector>
+
 #include "product.h"
 
-#if defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__linux__)
 
 namespace {
 
@@ -70,19 +72,30 @@ inline void multiply(const QdmProduct& p, const int8_t* x, const int8_t* weight,
   _tile_stored(3, sums + 16 * kSide + 16, kSide * 4);
 }
 
+// The sum of the codes of a row.
+inline int32_t total_of(const QdmProduct& p, const int8_t* row) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t s = 0; s < p.steps; ++s) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(row + p.offsets[s]));
+  return _mm512_reduce_add_epi32(sum);
+}
+
 // Some rows of some images, for some panels: the weights of a panel pass by once.
 template <int Kind>
 void multiply_part(const QdmProduct& product, Range images, Range rows, Range panels) {
   alignas(64) int32_t sums[kSide * kSide];
-  const Codes codes = codes_of(product, images, {std::min(rows.from, product.rows - kSide), rows.to});
+  const Codes<int8_t> codes = codes_of<int8_t>(product, images, {std::min(rows.from, product.rows - kSide), rows.to});
   const QdmProduct p = product;  // of its own, so that no output can be taken for a change of it
   const Quantizer coded({p.inverse, p.zero, p.kind == 3 ? p.bits : 8, p.flip});
   const int64_t lines = p.line ? (p.rows + p.line - 1) / p.line * p.valid : p.rows, panel_bytes = p.steps * 2 * kTile;
   const int64_t blocks = (images.to - images.from) * ((rows.to - rows.from + kSide - 1) / kSide), share = (2 * kTile / 64 + blocks - 1) / blocks;
+  std::vector<int32_t> totals;
+  for (int64_t image = images.from; p.centre && image < images.to; ++image)
+    for (int64_t m = rows.from; m < rows.to; ++m)
+      totals.push_back(total_of(p, codes.at + (image - images.from) * codes.image_pitch + m * p.pitch));
   for (int64_t panel = panels.from; panel < panels.to; ++panel) {
     const int64_t n = panel * kSide;
-    const Columns half[2] = {Columns(p, n), Columns(p, n + kLanes)};
-    const int8_t* weight = p.weight + panel * panel_bytes;
+    const Panel columns(p, n);
+    const int8_t* weight = static_cast<const int8_t*>(p.weight) + panel * panel_bytes;
     Ahead ahead{weight + panel_bytes, panel + 1 < panels.to ? share : 0};
     for (int64_t image = images.from; image < images.to; ++image)
       for (int64_t m = rows.from; m < rows.to; m += kSide) {
@@ -92,8 +105,10 @@ void multiply_part(const QdmProduct& product, Range images, Range rows, Range pa
         ahead.at += ahead.lines * p.steps * 64;
         int64_t column = p.line ? m % p.line : 0;
         int64_t out = image * lines + (p.line ? m / p.line * p.valid + std::min(column, p.valid) : m);
+        const int64_t before = (image - images.from) * (rows.to - rows.from) + start - rows.from;  // totals
         for (int64_t r = m - start; r < std::min(kSide, rows.to - start); ++r) {
-          if (!p.line || column < p.valid) finish<Kind>(p, sums + r * kSide, half, out++, n, coded);
+          const int32_t* total = p.centre ? &totals[before + r] : nullptr;
+          if (!p.line || column < p.valid) finish<Kind>(p, sums + r * kSide, columns, out++, n, coded, total);
           if (p.line && ++column == p.line) column = 0;
         }
       }

@@ -1,4 +1,4 @@
-"""`tiles.cpp` and `vectors.cpp` on tensors: products of codes in AMX tiles, else in AVX512-VNNI."""
+"""`tiles.cpp`, `vectors.cpp`, `narrow.cpp` and `winograd.cpp` on tensors: products of codes in AMX tiles, else in AVX512-VNNI or AVX2."""
 
 import ctypes
 import os
@@ -11,14 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qdm_kernels.exact import fits_int8, l1_by_input, subtract_zero_point
 from qdm_kernels.native.build import library
 from qdm_kernels.native.producers import Grid
 from qdm_kernels.onednn import to_unsigned
 
-KINDS = {"amx": "tiles", "vnni": "vectors"}  # what multiplies, best first, and the file that does
-_CAPS = {"amx": ("AMX", "DEFAULT", "ALL"), "vnni": ("AMX", "DEFAULT", "ALL", "VNNI", "BF16", "FP16", "AVX10")}  # of oneDNN, that allow it
+KINDS = {"amx": "tiles", "vnni": "vectors", "avx2": "narrow"}  # what multiplies, best first, and the file that does
+WINOGRAD = "winograd"  # the file of 3x3 convolutions in AVX2
+STRATEGIES = (*KINDS, WINOGRAD)  # of layers that run here
+_AVX512 = ("AMX", "DEFAULT", "ALL", "VNNI", "BF16", "FP16", "AVX10")
+_CAPS = {"amx": ("AMX", "DEFAULT", "ALL"), "vnni": _AVX512, "avx2": (*_AVX512, "AVX2", "AVX512")}  # of oneDNN, that allow it
 SIDE, STEP = 32, 64  # rows and outputs of a block; codes that one tile instruction sums
+ROWS = {"amx": SIDE, "vnni": SIDE, "avx2": 48}  # of a block
 CACHED, FIRST_LEVEL = 1_250_000, 32_768  # bytes of codes that stay while weights pass by: in the second-level cache, in the first
+POINTS, FEWEST, MOST = 16, 24, 48  # of a transformed tile of 4x4 codes; tiles whose points are made together
 SMALLEST = 4_000_000  # multiply-adds below which a second thread costs more than it saves
 _KINDS, _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}, 3
 _SOURCES = {torch.int8: 0, torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2}
@@ -28,25 +34,34 @@ _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 class _Product(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in ("x", "weight", "offsets", "shift", "scale", "bias", "row_scale", "residual", "out", "gain")),
-        *((name, _P) for name in ("factor", "offset", "x_gain")),
+        *((name, _P) for name in ("factor", "offset", "x_gain", "centre")),
         *((name, _L) for name in ("images", "rows", "pitch", "steps", "outputs", "channels", "stride", "line", "valid")),
         *((name, _L) for name in ("height", "width", "top", "left", "reach", "chunk")),
         *((name, _I) for name in ("x_kind", "x_silu")),
         ("x_inverse", ctypes.c_float),
         *((name, _I) for name in ("x_zero", "x_bits", "kind")),
         ("inverse", ctypes.c_float),
-        *((name, _I) for name in ("zero", "bits", "flip", "x_flip", "threads")),
+        *((name, _I) for name in ("zero", "bits", "flip", "x_flip", "threads", "partial")),
     ]
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A weight [N, K] in panels. row_sums: int32 [N]; a gated one has its two halves interleaved, and so have its vectors."""
+    """A weight [N, K] in panels. row_sums: int32 [N]; a gated one has its two halves interleaved, and so have its vectors.
+
+    flip: what codes are changed by before they are multiplied, 0x80 = shifted to unsigned, as uint8 ones are already; 0 = int8 alone.
+    partial: groups of four codes whose sums stay in 16 bits; 0 = none. transformed: 3x3 kernels for `winograd.cpp`, int16.
+    centre: int32 [N], zero points that the weight still holds, since it would not fit into int8 without them; row_sums do not hold them.
+    """
 
     weight: Tensor
     row_sums: Tensor
     outputs: int
     terms: int
+    flip: int = 0
+    partial: int = 0
+    transformed: bool = False
+    centre: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class Source:
 @cache
 def why_not() -> str | None:
     """Why codes are not multiplied here; None = they are."""
-    return None if kind() else _why_not("vnni")
+    return None if kind() else _why_not("avx2")
 
 
 @cache
@@ -73,12 +88,12 @@ def kind() -> str | None:
 
 def _why_not(name: str) -> str | None:
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    if cap and (cap.startswith("AVX2") or not any(allowed in cap for allowed in _CAPS[name])):
+    if cap and (not any(allowed in cap for allowed in _CAPS[name]) or (cap.startswith("AVX2") and name != "avx2")):
         return f"oneDNN is capped to {cap}, and so is this"
     made = library(KINDS[name])
     if made is None:
         return "native code is not to be had"
-    return None if made.qdm_products_here() else "this CPU has neither AVX512-VNNI nor AMX, or its system grants none"
+    return None if made.qdm_products_here() else "no products for this CPU: AMX that the system grants, AVX512-VNNI, or AVX2 alone"
 
 
 def takes(outputs: int, terms: int) -> bool:
@@ -86,12 +101,51 @@ def takes(outputs: int, terms: int) -> bool:
     return outputs > 0 and terms > 0 and terms % STEP == 0 and why_not() is None
 
 
-def pack(weight: Tensor) -> Packed:
-    """int8 [N, K], K a multiple of 64, in panels of 32 outputs: [N / 32, K / 64, 2, 16, 16 outputs of 4 codes]."""
-    n, k = weight.shape
-    panels = F.pad(weight, (0, 0, 0, -n % SIDE)).view(-1, 2, 16, k // STEP, 16, 4)
-    sums = weight.sum(1, dtype=torch.int64).to(torch.int32)
-    return Packed(panels.permute(0, 3, 1, 4, 2, 5).contiguous(), sums, n, k)
+def pack(codes: Tensor, zero_point: Tensor | None = None) -> Packed:
+    """int8 [N, K] and its zero points [N], K a multiple of 64, in panels of 32 outputs: [N / 32, K / 64, 2, 16, 16 outputs of 4 codes].
+
+    Where 16-bit codes are multiplied: [N / 32, K / 64, 2, 32, 16 outputs of 2].
+    """
+    n, k = codes.shape
+    centred = codes if zero_point is None else subtract_zero_point(codes, zero_point)
+    centre = None if fits_int8(centred) or zero_point is None else zero_point.to(torch.int32)
+    weight = centred.to(torch.int8) if centre is None else codes
+    partial = _partial(weight) if kind() == "avx2" and centre is None else 0
+    together = 2 if kind() == "avx2" and not partial else 4
+    panels = F.pad(weight, (0, 0, 0, -n % SIDE)).view(-1, 2, 16, k // STEP, STEP // together, together)
+    flip = 0x80 if kind() == "vnni" or partial else 0
+    return Packed(panels.permute(0, 3, 1, 4, 2, 5).contiguous(), _row_sums(centred), n, k, flip, partial, centre=centre)
+
+
+def _partial(weight: Tensor) -> int:
+    """How many products of four unsigned codes with these weights, added two by two, are sure to fit into 16 bits: 8, 4 or (0) fewer."""
+    most = max(map(abs, map(int, weight.aminmax())), default=0) if weight.numel() else 0
+    return next((fours for fours in (8, 4) if fours * 2 * 255 * most < 1 << 15), 0)
+
+
+def _row_sums(weight: Tensor) -> Tensor:
+    return weight.flatten(1).sum(1, dtype=torch.int64).to(torch.int32)
+
+
+def transforms(weight: Tensor) -> bool:
+    """Is a 3x3 convolution of stride 1 with this weight, [O, I, 3, 3] int16, one for `winograd.cpp`? Four times its sums fit into int32."""
+    if kind() != "avx2" or library(WINOGRAD) is None or not weight.numel() or weight.shape[1] % STEP:
+        return False
+    return 4 * 128 * int(l1_by_input(weight).sum(1).max()) < 1 << 31
+
+
+def transform(weight: Tensor) -> Packed:
+    """int16 [O, I, 3, 3] within 255, I a multiple of 64, as 2 G g 2 G' in panels of 16 outputs: int16 [O / 16, 16 points, I / 2, 16, 2]."""
+    filters, channels = weight.shape[:2]
+    points = _doubled(_doubled(F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -filters % 16)), 2), 3).view(-1, 16, channels // 2, 2, POINTS)
+    return Packed(points.permute(0, 4, 2, 1, 3).contiguous(), _row_sums(weight), filters, 9 * channels, transformed=True)
+
+
+def _doubled(g: Tensor, dim: int) -> Tensor:
+    """2 G g along a dimension of three."""
+    first, middle, last = g.unbind(dim)
+    outer = first + last
+    return torch.stack((2 * first, outer + middle, outer - middle, 2 * last), dim)
 
 
 def interleave(halves: Tensor) -> Tensor:
@@ -119,7 +173,7 @@ def product(
 ) -> Tensor:  # fmt: skip
     """float(sum (x - z) w) * scale + bias (+ residual) into out [M, N], float32 or bfloat16; int32: the sums alone.
 
-    x: int8 [M, K], or uint8 codes shifted by +128 where VNNI multiplies, or, with a source, float32 or bfloat16.
+    x: int8 [M, K], or uint8 codes shifted by +128 where the weight's `flip` says so, or, with a source, float32 or bfloat16.
     scale, bias: float32 [N]; row_scale: [M], a factor of scale; residual: as out.
     With a grid the weight is gated, and int8 or uint8 out [M, N / 2] takes the codes of value * gelu(gate) * gain.
     """
@@ -140,7 +194,7 @@ def convolution(
     border: tuple[int, int, int, int], scale: Tensor, bias: Tensor | None, out: Tensor, *, row_scale: Tensor | None = None,
     residual: Tensor | None = None, source: Source | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same of an image: x [B, H, W, C], out [B, H', W', N]; at least 32 rows (`rows_of`).
+    """The same of an image: x [B, H, W, C], out [B, H', W', N]; at least 32 rows (`rows_of`), unless the weight is transformed.
 
     border: left, right, top, bottom.
     """
@@ -163,12 +217,12 @@ def _call(
     grid: Grid | None, source: Source | None,
 ) -> Tensor:  # fmt: skip
     threads = torch.get_num_threads() if where["rows"] * where["images"] * packed.outputs * packed.terms > SMALLEST else 1
-    kept = CACHED if packed.outputs * packed.terms > 1 << 20 or "line" in where else FIRST_LEVEL
-    flip = 0x80 if kind() == "vnni" else 0  # its codes are unsigned
-    x = to_unsigned(x) if flip and source is None else x
-    chunk = max(kept // where["pitch"] // SIDE * SIDE, SIDE)
-    numbers: dict[str, Any] = {"kind": _KINDS.get(out.dtype, _CODES), "x_kind": _SOURCES[x.dtype], "x_zero": zero_point, "x_flip": flip}
-    pointers = vectors | {"x": x, "weight": packed.weight, "offsets": steps, "shift": _shift(packed, zero_point + flip), "out": out}
+    x = to_unsigned(x) if packed.flip and source is None else x
+    chunk = _together(packed, where)
+    numbers: dict[str, Any] = {"kind": _KINDS.get(out.dtype, _CODES), "x_kind": _SOURCES[x.dtype], "x_zero": zero_point}
+    numbers |= {"x_flip": packed.flip, "partial": packed.partial}
+    shift = _shift(packed, zero_point + packed.flip)
+    pointers = vectors | {"x": x, "weight": packed.weight, "offsets": steps, "shift": shift, "centre": packed.centre, "out": out}
     if grid is not None:
         numbers |= {"inverse": grid.inverse, "zero": grid.zero_point, "bits": grid.bits, "flip": 0x80 if out.dtype == torch.uint8 else 0}
     if source is not None:
@@ -178,8 +232,17 @@ def _call(
             pointers |= {"factor": source.affine[0], "offset": source.affine[1]}
     fields = {name: None if t is None else t.data_ptr() for name, t in pointers.items()}
     call = _Product(**fields, **where, **numbers, steps=len(steps), outputs=packed.outputs, chunk=chunk, threads=threads)
-    _function()(ctypes.byref(call))
+    _function(packed.transformed)(ctypes.byref(call))
     return out
+
+
+def _together(packed: Packed, where: dict[str, int]) -> int:
+    """Rows, or tiles of transformed codes, that stay in a cache while the weights pass by."""
+    if packed.transformed:
+        return min(max(CACHED // (2 * POINTS * where["channels"]) // 6 * 6, FEWEST), MOST)
+    rows, bytes_ = ROWS[kind() or "amx"], 2 if kind() == "avx2" and not packed.partial else 1
+    kept = CACHED if packed.outputs * packed.terms > 1 << 20 or "line" in where else FIRST_LEVEL
+    return max(kept // (bytes_ * where["pitch"]) // rows * rows, rows)
 
 
 def _shift(packed: Packed, zero_point: int) -> Tensor:
@@ -194,8 +257,9 @@ _shifts: WeakKeyDictionary[Packed, dict[int, Tensor]] = WeakKeyDictionary()
 
 
 @cache
-def _function():
-    made = library(KINDS[kind() or "amx"])
+def _function(transformed: bool):
+    made = library(WINOGRAD if transformed else KINDS[kind() or "amx"])
     assert made is not None
-    made.qdm_product.restype = None
-    return made.qdm_product
+    function = made.qdm_winograd if transformed else made.qdm_product
+    function.restype = None
+    return function

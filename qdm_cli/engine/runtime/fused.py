@@ -232,7 +232,7 @@ def norm_then_layer(
 ) -> Tensor:
     """conv(activation(norm(x + shift))) + residual: x [B, C, H, W] -> the dtype of x, channels_last. shift: [B, C] or None."""
     gain, bits = conv._buffers["pre_scale"], cast(int, conv.spec.bits_a)
-    if _native(x, conv) and conv.prepared.strategy in tiles.KINDS:
+    if _native(x, conv) and conv.prepared.strategy in tiles.STRATEGIES:
         x = x.contiguous(memory_format=torch.channels_last)
         affine = producers.group_affine(x, norm.num_groups, norm.weight, norm.bias, shift, norm.eps)
         y = conv.through_tiles(x, conv.prepared, affine=affine, silu=activation == "silu", gain=gain, residual=residual)
@@ -271,7 +271,7 @@ def from_codes(layer: PackedConv2d | PackedLinear, codes: Tensor, x: Tensor, res
     """Output of a layer on codes of its own, in the dtype of x. residual: of its shape and dtype, added; None = nothing."""
     run: Any = conv2d_op.conv2d if isinstance(layer, PackedConv2d) else linear_op.linear
     scale, zero = layer._activation(x)
-    joins = layer.prepared.strategy in tiles.KINDS
+    joins = layer.prepared.strategy in tiles.STRATEGIES
     y = run(codes, scale, zero.reshape(()), layer.prepared, out_dtype=x.dtype, residual=residual if joins else None)
     return y if residual is None or joins else y.add_(residual)
 

@@ -25,7 +25,6 @@ from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_cli.engine.runtime.packed import BUFFERS, Gated, PackedLayer
 from qdm_kernels.conv2d_w8a8 import op as conv2d_op
 from qdm_kernels.conv2d_w8a8.cpu import pointwise
-from qdm_kernels.exact import subtract_zero_point
 from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.layout import pack_weight
 from qdm_kernels.linear_w8a8 import cpu as linear_cpu
@@ -63,7 +62,7 @@ class PackedLinear(PackedLayer):
         if self._gated is None:
             codes, scale, zero, bias = self.stored_parts()
             fits = self.spec.outputs % (2 * 16) == 0 and tiles.takes(self.spec.outputs // 2, self.spec.terms)
-            packed = linear_cpu.tiled_weight(tiles.interleave(subtract_zero_point(codes, zero))) if fits else None
+            packed = linear_cpu.tiled_weight(tiles.interleave(codes), tiles.interleave(zero)) if fits else None
             own = (scale, bias) if packed is None else (tiles.interleave(scale), None if bias is None else tiles.interleave(bias))
             self._gated = Gated(packed, *own)
         return None if self._gated.packed is None else self._gated

@@ -271,7 +271,8 @@ class PackedLayer(nn.Module):
         residual: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         """Output + residual for silu(x * factor + offset) * gain, quantized on its way into `native.tiles`, as x; None = not here."""
-        if prepared.backend != "cpu" or prepared.strategy not in tiles.KINDS or torch.compiler.is_compiling() or not producers.takes(x):
+        tiled = prepared.backend == "cpu" and prepared.strategy in tiles.STRATEGIES
+        if not tiled or torch.compiler.is_compiling() or not producers.takes(x):
             return None
         home: Any = conv2d_cpu if self.spec.kind == "conv2d" else linear_cpu
         if (grid := self.grid()) is None or (home is conv2d_cpu and not conv2d_cpu.reads_floats(prepared.state, x)):

@@ -18,6 +18,7 @@ from qdm_cli.engine.runtime.modules import packed_from_state
 from qdm_cli.engine.runtime.tune import in_mode
 from qdm_kernels import backend
 from qdm_kernels.backend import Exact
+from qdm_kernels.native import tiles
 
 H100 = Machine("cuda", (9, 0), triton=True)
 CPU = Machine("cpu")
@@ -25,6 +26,8 @@ CPU = Machine("cpu")
 
 @pytest.fixture
 def probe_as(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exact], None]:
+    """A machine of oneDNN alone, whose int8 kernels are so exact."""
+    monkeypatch.setattr(tiles, "takes", lambda outputs, terms: False)
     return lambda exact: monkeypatch.setattr(backend, "probe", lambda: backend.Probe(exact, exact, fp32=True))
 
 
@@ -42,6 +45,14 @@ def test_a_cpu_runs_integers_where_its_int8_kernel_holds_the_weights(probe_as, e
     assert chosen.kernel == kernel
     assert (chosen.why_not is None) == (kernel == "integer")
     assert choose(case(CPU, bits=bits), "exact").kernel == "integer"
+
+
+def test_products_of_our_own_hold_all_weights(probe_as, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe_as(Exact.SMALL)
+    monkeypatch.setattr(tiles, "takes", lambda outputs, terms: terms % tiles.STEP == 0)
+    assert choose(case(CPU, symmetric=False), "auto").kernel == "integer"
+    assert choose(case(CPU, inputs=600), "auto").kernel == "float"
+    assert choose(case(CPU, "conv2d", groups=2), "auto").kernel == "float"
 
 
 def test_eight_bits_with_a_zero_point_are_held_by_their_codes(probe_as) -> None:
