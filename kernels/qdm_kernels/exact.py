@@ -25,12 +25,6 @@ def value_range(values: Tensor) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def fits_int8(weight: Tensor) -> bool:
-    """Are all of these integers int8?"""
-    low, high = value_range(weight)
-    return low >= -128 and high <= 127
-
-
 def l1_by_input(weight: Tensor) -> Tensor:
     """Sum of |w| over the taps: [N, K] -> [N, K], [O, I, kh, kw] -> [O, I]; int64."""
     return weight.abs().flatten(2).sum(2) if weight.dim() == 4 else weight.abs().long()

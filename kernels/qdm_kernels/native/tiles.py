@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qdm_kernels.exact import fits_int8, l1_by_input, subtract_zero_point
+from qdm_kernels.exact import l1_by_input, subtract_zero_point
 from qdm_kernels.native.build import library
 from qdm_kernels.native.producers import Grid
 from qdm_kernels.onednn import to_unsigned
@@ -107,45 +107,54 @@ def pack(codes: Tensor, zero_point: Tensor | None = None) -> Packed:
     Where 16-bit codes are multiplied: [N / 32, K / 64, 2, 32, 16 outputs of 2].
     """
     n, k = codes.shape
-    centred = codes if zero_point is None else subtract_zero_point(codes, zero_point)
-    centre = None if fits_int8(centred) or zero_point is None else zero_point.to(torch.int32)
-    weight = centred.to(torch.int8) if centre is None else codes
-    partial = _partial(weight) if kind() == "avx2" and centre is None else 0
+    zero = torch.zeros(n, dtype=torch.int32) if zero_point is None else zero_point.to(torch.int32).contiguous()
+    low, high = centred_range(codes, zero)
+    whole = low >= -128 and high <= 127  # does the weight minus its zero points fit into bytes?
+    partial = _partial(max(-low, high)) if kind() == "avx2" else 0
     together = 2 if kind() == "avx2" and not partial else 4
-    panels = F.pad(weight, (0, 0, 0, -n % SIDE)).view(-1, 2, 16, k // STEP, STEP // together, together)
+    panels = torch.empty((-(-n // SIDE), k // STEP, 2, STEP // together, 16, together), dtype=torch.int8)
+    sums = torch.empty(n, dtype=torch.int32)
+    codes = codes.contiguous()
+    taken = zero.data_ptr() if whole else None
+    _packing().qdm_pack_panels(codes.data_ptr(), taken, n, k, together, panels.data_ptr(), sums.data_ptr(), torch.get_num_threads())
     flip = 0x80 if kind() == "vnni" or partial else 0
-    return Packed(panels.permute(0, 3, 1, 4, 2, 5).contiguous(), _row_sums(centred), n, k, flip, partial, centre=centre)
+    return Packed(panels, sums if whole else sums - k * zero, n, k, flip, partial, centre=None if whole else zero)
 
 
-def _partial(weight: Tensor) -> int:
-    """How many products of four unsigned codes with these weights, added two by two, are sure to fit into 16 bits: 8, 4 or (0) fewer."""
-    most = max(map(abs, map(int, weight.aminmax())), default=0) if weight.numel() else 0
+def centred_range(codes: Tensor, zero_point: Tensor) -> tuple[int, int]:
+    """Lowest and highest of codes [N, ...] minus zero points [N], each within 255 in size; (0, 0) when empty."""
+    if not codes.numel():
+        return 0, 0
+    low, high = codes.flatten(1).aminmax(dim=1)
+    return int((low.to(torch.int32) - zero_point).min()), int((high.to(torch.int32) - zero_point).max())
+
+
+def _partial(most: int) -> int:
+    """How many products of four unsigned codes with weights so large, added two by two, are sure to fit into 16 bits: 8, 4 or (0) fewer."""
     return next((fours for fours in (8, 4) if fours * 2 * 255 * most < 1 << 15), 0)
 
 
-def _row_sums(weight: Tensor) -> Tensor:
-    return weight.flatten(1).sum(1, dtype=torch.int64).to(torch.int32)
-
-
-def transforms(weight: Tensor) -> bool:
-    """Is a 3x3 convolution of stride 1 with this weight, [O, I, 3, 3] int16, one for `winograd.cpp`? Four times its sums fit into int32."""
-    if kind() != "avx2" or library(WINOGRAD) is None or not weight.numel() or weight.shape[1] % STEP:
+def transforms(codes: Tensor, zero_point: Tensor) -> bool:
+    """Is a 3x3 convolution of stride 1 with weights [O, I, 3, 3] one for `winograd.cpp`? Four times its sums must fit into int32."""
+    if kind() != "avx2" or library(WINOGRAD) is None or not codes.numel() or codes.shape[1] % STEP:
         return False
-    return 4 * 128 * int(l1_by_input(weight).sum(1).max()) < 1 << 31
+    largest = codes.shape[1] * 9 * 255
+    if 4 * 128 * largest >= 1 << 31:
+        largest = int(l1_by_input(subtract_zero_point(codes, zero_point)).sum(1).max())
+    return 4 * 128 * largest < 1 << 31
 
 
-def transform(weight: Tensor) -> Packed:
-    """int16 [O, I, 3, 3] within 255, I a multiple of 64, as 2 G g 2 G' in panels of 16 outputs: int16 [O / 16, 16 points, I / 2, 16, 2]."""
-    filters, channels = weight.shape[:2]
-    points = _doubled(_doubled(F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -filters % 16)), 2), 3).view(-1, 16, channels // 2, 2, POINTS)
-    return Packed(points.permute(0, 4, 2, 1, 3).contiguous(), _row_sums(weight), filters, 9 * channels, transformed=True)
-
-
-def _doubled(g: Tensor, dim: int) -> Tensor:
-    """2 G g along a dimension of three."""
-    first, middle, last = g.unbind(dim)
-    outer = first + last
-    return torch.stack((2 * first, outer + middle, outer - middle, 2 * last), dim)
+def transform(codes: Tensor, zero_point: Tensor) -> Packed:
+    """int8 [O, I, 3, 3] minus zero points [O] as 2 G g 2 G', I a multiple of 64: int16 [O / 16, 16 points, I / 2, 16 outputs of 2]."""
+    filters, channels = codes.shape[:2]
+    codes, zero = codes.contiguous(), zero_point.to(torch.int32).contiguous()
+    points, sums = (
+        torch.empty((-(-filters // 16), POINTS, channels // 2, 16, 2), dtype=torch.int16),
+        torch.empty(filters, dtype=torch.int32),
+    )
+    at = codes.data_ptr(), zero.data_ptr(), filters, channels, points.data_ptr(), sums.data_ptr()
+    _packing().qdm_pack_points(*at, torch.get_num_threads())
+    return Packed(points, sums, filters, 9 * channels, transformed=True)
 
 
 def interleave(halves: Tensor) -> Tensor:
@@ -263,3 +272,13 @@ def _function(transformed: bool):
     function = made.qdm_winograd if transformed else made.qdm_product
     function.restype = None
     return function
+
+
+@cache
+def _packing() -> ctypes.CDLL:
+    made = library("packing")
+    assert made is not None
+    made.qdm_pack_panels.argtypes = [_P, _P, _L, _L, ctypes.c_int, _P, _P, ctypes.c_int]
+    made.qdm_pack_points.argtypes = [_P, _P, _L, _L, _P, _P, ctypes.c_int]
+    made.qdm_pack_panels.restype = made.qdm_pack_points.restype = None
+    return made
