@@ -18,7 +18,7 @@ from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models.published import CONFIGS, build_published, build_published_on
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
 from qdm_cli.engine.quant.config import ActivationPolicy, QuantizeSpec, WeightPolicy
-from qdm_cli.engine.quant.grid import IntGrid, QParams, choose_qparams
+from qdm_cli.engine.quant.grid import IntGrid, QParams, choose_qparams, qparams_from_range
 from qdm_cli.engine.quant.rules import resolve
 from qdm_cli.engine.quant.state import LayerDecision, LayerState, QuantState
 from qdm_cli.engine.runtime.modules import pack_denoiser_
@@ -33,8 +33,8 @@ def _silent(line: str) -> None:
 
 
 def quantized_state(denoiser: nn.Module, call: dict[str, Any], bits: int) -> QuantState:
-    """Min-max codes of the default policy at `bits` weight bits, and activation ranges of one forward."""
-    policy = QuantizeSpec(weights=WeightPolicy(bits=bits, symmetric=True), activations=ActivationPolicy(bits=8), policy="edges-w8")
+    """Min-max codes of the recipes' default, with zero points, at `bits` weight bits, and activation ranges of one forward."""
+    policy = QuantizeSpec(weights=WeightPolicy(bits=bits), activations=ActivationPolicy(bits=8), policy="edges-w8")
     decisions = [d for d in resolve(denoiser, policy) if d.skipped_why is None]
     ranges: dict[str, QParams] = {}
 
@@ -54,12 +54,13 @@ def quantized_state(denoiser: nn.Module, call: dict[str, Any], bits: int) -> Qua
 
 
 def _coded(layer: nn.Module, decision: LayerDecision, inputs: QParams | None) -> LayerState:
-    """Symmetric codes of one layer by the largest weight of each output: what calibration's `max` gives, in three passes."""
-    weight = cast(Tensor, layer.weight).detach().float()
+    """Codes of one layer by the smallest and the largest weight of each output: what calibration's `max` gives, in few passes."""
+    weight, grid = cast(Tensor, layer.weight).detach().float(), IntGrid(decision.bits_w)
     flat = weight.flatten(1)
-    scale = torch.maximum(flat.amax(1), -flat.amin(1)).clamp_min(1e-12) / (2 ** (decision.bits_w - 1) - 1)
-    codes = (weight / scale.view(-1, *[1] * (weight.ndim - 1))).round_().to(torch.int8)
-    zero, bias = torch.zeros_like(scale, dtype=torch.int8), cast(Tensor | None, layer.bias)
+    params = qparams_from_range(flat.amin(1), flat.amax(1), grid, symmetric=decision.symmetric)
+    scale, zero = params.scale, params.zero_point
+    codes = (flat / scale[:, None]).round_().add_(zero[:, None]).clamp_(grid.lo, grid.hi).to(torch.int8).view(weight.shape)
+    zero, bias = zero.to(torch.int8), cast(Tensor | None, layer.bias)
     bias = None if bias is None else bias.detach().float()
     if inputs is None:
         return LayerState(decision, codes, scale, zero, bias)
