@@ -53,9 +53,19 @@ def _equal_slices(k: int, count: int) -> tuple[Slice, ...]:
     return tuple((start, min(start + size, k)) for start in range(0, k, size))
 
 
-def check_int32(weight: Tensor) -> None:
-    """ValueError when an int32 accumulator over these weights, int [N, ...], could overflow for some activation."""
-    worst = 255 * int(weight.abs().flatten(1).sum(1).max()) if weight.numel() else 0
+def centred_range(codes: Tensor, zero_point: Tensor) -> tuple[int, int]:
+    """Lowest and highest of int8 codes [N, ...] minus integer zero points [N]; (0, 0) when empty."""
+    if not codes.numel():
+        return 0, 0
+    low, high = codes.flatten(1).aminmax(dim=1)
+    return int((low.to(torch.int32) - zero_point).min()), int((high.to(torch.int32) - zero_point).max())
+
+
+def check_int32(codes: Tensor, zero_point: Tensor) -> None:
+    """ValueError when an int32 accumulator over weight codes [N, ...] minus zero points [N] could overflow for some activation."""
+    if 255 * 255 * codes[:1].numel() <= INT32_MAX:
+        return
+    worst = 255 * int(l1_by_input(subtract_zero_point(codes, zero_point)).sum(1).max()) if codes.numel() else 0
     if worst > INT32_MAX:
         raise ValueError(f"accumulators can reach {worst}, past int32; the layer has too many inputs per output")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qdm_kernels import backend as _backend
 from qdm_kernels.epilogue.reference import Epilogue, finish
-from qdm_kernels.exact import check_int32, subtract_zero_point
+from qdm_kernels.exact import check_int32
 from qdm_kernels.geometry import Conv2dGeometry, Pair
 from qdm_kernels.native.tiles import KINDS
 from qdm_kernels.prepared import Prepared, check_activation, check_place, check_weight, flatten, integer_op, unflatten
@@ -90,7 +90,7 @@ def prepare_as(
 ) -> PreparedConv2d:
     """`prepare` for one of the two ops; errors as there."""
     check_weight(codes, scale, zero_point, bias, dim=4)
-    check_int32(subtract_zero_point(codes, zero_point))
+    check_int32(codes, zero_point)
     if codes.shape[0] % geometry.groups:
         raise ValueError(f"{codes.shape[0]} filters do not divide into {geometry.groups} groups")
     channels = codes.shape[1] * geometry.groups

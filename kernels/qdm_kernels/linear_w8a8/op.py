@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qdm_kernels import backend as _backend
 from qdm_kernels.epilogue.reference import Epilogue, finish
-from qdm_kernels.exact import check_int32, subtract_zero_point
+from qdm_kernels.exact import check_int32
 from qdm_kernels.native.tiles import KINDS
 from qdm_kernels.prepared import Prepared, check_activation, check_place, check_weight, flatten, integer_op, unflatten
 from qdm_kernels.quantize.reference import pick
@@ -73,7 +73,7 @@ def prepare_as(op: str, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: 
     check_weight(codes, scale, zero_point, bias, dim=2)
     if codes.shape[1] == 0:
         raise ValueError(f"a layer has at least one input, got weight codes {tuple(codes.shape)}")
-    check_int32(subtract_zero_point(codes, zero_point))
+    check_int32(codes, zero_point)
     n, k = codes.shape
     name, refused = _backend.choose(op, device=codes.device, backend=backend), None
     if name == "triton" and (refused := implementation(op, name).why_not(k)):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qdm_kernels.exact import l1_by_input, subtract_zero_point
+from qdm_kernels.exact import centred_range, l1_by_input, subtract_zero_point
 from qdm_kernels.native.build import library
 from qdm_kernels.native.producers import Grid
 from qdm_kernels.onednn import to_unsigned
@@ -24,6 +24,7 @@ _CAPS = {"amx": ("AMX", "DEFAULT", "ALL"), "vnni": _AVX512, "avx2": (*_AVX512, "
 SIDE, STEP = 32, 64  # rows and outputs of a block; codes that one tile instruction sums
 ROWS = {"amx": SIDE, "vnni": SIDE, "avx2": 48}  # of a block
 CACHED, FIRST_LEVEL = 1_250_000, 32_768  # bytes of codes that stay while weights pass by: in the second-level cache, in the first
+LAST_LEVEL = 4_000_000  # bytes of transformed codes
 POINTS, FEWEST, MOST = 16, 24, 48  # of a transformed tile of 4x4 codes; tiles whose points are made together
 SMALLEST = 4_000_000  # multiply-adds below which a second thread costs more than it saves
 _KINDS, _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}, 3
@@ -121,14 +122,6 @@ def pack(codes: Tensor, zero_point: Tensor | None = None) -> Packed:
     return Packed(panels, sums if whole else sums - k * zero, n, k, flip, partial, centre=None if whole else zero)
 
 
-def centred_range(codes: Tensor, zero_point: Tensor) -> tuple[int, int]:
-    """Lowest and highest of codes [N, ...] minus zero points [N], each within 255 in size; (0, 0) when empty."""
-    if not codes.numel():
-        return 0, 0
-    low, high = codes.flatten(1).aminmax(dim=1)
-    return int((low.to(torch.int32) - zero_point).min()), int((high.to(torch.int32) - zero_point).max())
-
-
 def _partial(most: int) -> int:
     """How many products of four unsigned codes with weights so large, added two by two, are sure to fit into 16 bits: 8, 4 or (0) fewer."""
     return next((fours for fours in (8, 4) if fours * 2 * 255 * most < 1 << 15), 0)
@@ -138,7 +131,7 @@ def transforms(codes: Tensor, zero_point: Tensor) -> bool:
     """Is a 3x3 convolution of stride 1 with weights [O, I, 3, 3] one for `winograd.cpp`? Four times its sums must fit into int32."""
     if kind() != "avx2" or library(WINOGRAD) is None or not codes.numel() or codes.shape[1] % STEP:
         return False
-    largest = codes.shape[1] * 9 * 255
+    largest = codes[0].numel() * max(map(abs, centred_range(codes, zero_point)))
     if 4 * 128 * largest >= 1 << 31:
         largest = int(l1_by_input(subtract_zero_point(codes, zero_point)).sum(1).max())
     return 4 * 128 * largest < 1 << 31
@@ -248,7 +241,7 @@ def _call(
 def _together(packed: Packed, where: dict[str, int]) -> int:
     """Rows, or tiles of transformed codes, that stay in a cache while the weights pass by."""
     if packed.transformed:
-        return min(max(CACHED // (2 * POINTS * where["channels"]) // 6 * 6, FEWEST), MOST)
+        return min(max(LAST_LEVEL // (2 * POINTS * where["channels"]) // 6 * 6, FEWEST), MOST)
     rows, bytes_ = ROWS[kind() or "amx"], 2 if kind() == "avx2" and not packed.partial else 1
     kept = CACHED if packed.outputs * packed.terms > 1 << 20 or "line" in where else FIRST_LEVEL
     return max(kept // (bytes_ * where["pitch"]) // rows * rows, rows)

@@ -12,6 +12,7 @@ namespace {
 constexpr int kPoints = 16;        // of a transformed tile
 constexpr int64_t kOutputs = 16;   // of a panel of weights: [kPoints][channels / 2][kOutputs][2]
 constexpr int64_t kDepth = 512;    // channels whose weights, 16 KiB, stay in the first-level cache while rows pass by
+constexpr int64_t kGroup = 8;      // panels whose sums are kept together
 constexpr int kRows = 6;
 
 // The lines of codes that a row of tiles reads; the next row reads two of them again.
@@ -133,13 +134,14 @@ void finish_tile(const QdmProduct& p, const Sizes& sizes, int64_t tile, const in
       finish<Kind>(p, y[i], columns, first + i / 2 * sizes.width + i % 2, n, coded, nullptr);
 }
 
-// Some tiles for some panels; `room`: of p.chunk tiles.
+// Some tiles for some panels. Points and sums of a chunk of tiles are in the last-level cache, points of one kind in the second-level cache
+// while the weights of a group of panels pass by, which are read from memory: once per chunk.
 template <int Kind>
 void convolve(const QdmProduct& product, Range tiles, Range panels) {
   const QdmProduct p = product;  // of its own, so that no output can be taken for a change of it
   const Sizes sizes(p);
-  const int64_t k = p.channels, step = p.chunk * k, panel_size = kPoints * k * kOutputs;
-  const int64_t points_bytes = kPoints * step * 2, sums_bytes = kPoints * p.chunk * kOutputs * 4;
+  const int64_t k = p.channels, step = p.chunk * k, panel_size = kPoints * k * kOutputs, point = p.chunk * kGroup * kOutputs;
+  const int64_t points_bytes = kPoints * step * 2, sums_bytes = kPoints * point * 4;
   int8_t* const room = scratch(points_bytes + sums_bytes + Lines::bytes(p, sizes.tiles_x));
   int16_t* const points = reinterpret_cast<int16_t*>(room);
   int32_t* const sums = reinterpret_cast<int32_t*>(room + points_bytes);
@@ -149,17 +151,24 @@ void convolve(const QdmProduct& product, Range tiles, Range panels) {
     const int64_t count = std::min(p.chunk, tiles.to - start);
     for (int64_t t = 0; t < count; ++t)
       transform(lines.of((start + t) / sizes.tiles_x), (start + t) % sizes.tiles_x * 2, k, points + t * k, step);
-    for (int64_t panel = panels.from; panel < panels.to; ++panel) {
-      const int16_t* const weight = static_cast<const int16_t*>(p.weight) + panel * panel_size;
+    for (int64_t first = panels.from; first < panels.to; first += kGroup) {
+      const int64_t last = std::min(first + kGroup, panels.to);
       for (int i = 0; i < kPoints; ++i)
-        for (int64_t c = 0; c < k; c += kDepth)
-          for (int64_t t = 0; t < count; t += kRows)
-            kMultiply[std::min<int64_t>(kRows, count - t) - 1](points + i * step + t * k + c, k, std::min(kDepth, k - c),
-                                                               weight + (i * k + c) * kOutputs, sums + (i * p.chunk + t) * kOutputs, c == 0);
-      const int64_t n = panel * kOutputs;
-      const Group<kOutputs> columns(p, n);
-      for (int64_t t = 0; t < count; ++t)
-        finish_tile<Kind>(p, sizes, start + t, sums + t * kOutputs, p.chunk * kOutputs, columns, n, coded);
+        for (int64_t panel = first; panel < last; ++panel) {
+          const int16_t* const weight = static_cast<const int16_t*>(p.weight) + panel * panel_size + i * k * kOutputs;
+          int32_t* const to = sums + i * point + (panel - first) * p.chunk * kOutputs;
+          for (int64_t c = 0; c < k; c += kDepth)
+            for (int64_t t = 0; t < count; t += kRows)
+              kMultiply[std::min<int64_t>(kRows, count - t) - 1](points + i * step + t * k + c, k, std::min(kDepth, k - c),
+                                                                 weight + c * kOutputs, to + t * kOutputs, c == 0);
+        }
+      for (int64_t panel = first; panel < last; ++panel) {
+        const int64_t n = panel * kOutputs;
+        const Group<kOutputs> columns(p, n);
+        const int32_t* const from = sums + (panel - first) * p.chunk * kOutputs;
+        for (int64_t t = 0; t < count; ++t)
+          finish_tile<Kind>(p, sizes, start + t, from + t * kOutputs, point, columns, n, coded);
+      }
     }
   }
 }
@@ -174,7 +183,8 @@ extern "C" void qdm_winograd(const QdmProduct* product) {
   const QdmProduct& p = *product;
   const Sizes sizes(p);
   const int64_t panels = (p.outputs + kOutputs - 1) / kOutputs, chunks = (sizes.tiles + p.chunk - 1) / p.chunk;
-  const bool by_tiles = chunks >= p.threads;  // else every thread has some of the panels
+  // what is more, points or weights, passes by every thread once; the other one by all threads
+  const bool by_tiles = chunks >= p.threads && sizes.tiles >= p.outputs;
   constexpr void (*kConvolve[])(const QdmProduct&, Range, Range) = {convolve<0>, convolve<1>, convolve<2>};
 #pragma omp parallel for schedule(static, 1) num_threads(p.threads) if (p.threads > 1)
   for (int thread = 0; thread < p.threads; ++thread) {
