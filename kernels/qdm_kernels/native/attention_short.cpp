@@ -16,8 +16,12 @@ constexpr float kNorm = 32700.0f, kWeight = 13.0f, kValue = 4095.0f;
 
 // sum + the product of a pair with 16 pairs; written out, because GCC 12 copies every sum before and after the intrinsic.
 inline __m512i add(__m512i sum, __m512i pair, __m512i right) {
+#ifdef QDM_EMULATED
+  return _mm512_dpwssd_epi32(sum, pair, right);
+#else
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(pair), "v"(right));
   return sum;
+#endif
 }
 
 // Eight rows of `a`, `stride` apart, times kColumns columns of panels, `column` apart, over pairs; `done(i, n, sum)` takes row i, column n.

@@ -7,8 +7,12 @@ namespace {
 
 // sum + codes * weights; written out, because GCC 12 copies every sum before and after the intrinsic.
 inline __m512i add(__m512i sum, __m512i codes, __m512i weights) {
+#ifdef QDM_EMULATED
+  return _mm512_dpbusd_epi32(sum, codes, weights);
+#else
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
   return sum;
+#endif
 }
 
 // Sums of kCount rows and 32 outputs over some steps.
