@@ -1,4 +1,4 @@
-"""`pytest -p amx`: native code is compiled for AMX and AVX512-BF16, which are emulated (`amx.h`), and so is AVX512 where the CPU has none."""
+"""`pytest -p amx`: native code is compiled for AMX and AVX512-BF16, which are emulated (`amx.h`); so is AVX512 where there is no VNNI."""
 
 from emulation import emulate, has_vnni
 
