@@ -400,13 +400,13 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
 
 }  // namespace
 
-// Which products run: 4 = AMX tiles, 3 = AVX512-BF16, 1 = float32, 0 = none. Linux grants tiles to processes that ask.
+// Which products run: 5 = AMX tiles, 4 = AVX512-BF16, 1 = float32, 0 = none. Linux grants tiles to processes that ask.
 extern "C" int qdm_attention_products() {
 #ifdef QDM_TILES
   constexpr int kRequest = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 4 : 0;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 5 : 0;
 #else
-  return kFold == 1 ? 1 : 3;
+  return kFold == 1 ? 1 : 4;
 #endif
 }
 

@@ -1,4 +1,4 @@
-// What the loops of attention.cpp and attention_short.cpp have in common.
+// What the loops of attention.cpp and attention_short.cpp have in common, and before the guard what attention_narrow.cpp shares.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -9,19 +9,14 @@
 
 #include "lanes.h"
 
-#if defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-
 namespace {
 
 using half = uint16_t;  // the bits of a bfloat16
 
-constexpr int kLanes = 16;           // float32 values of a register, rows and columns of a tile
-constexpr int kRows = 32;            // queries of one product
-constexpr int kQueries = 64;         // of one task: keys are brought into the cache once for all of them
-constexpr int kKeys = 64;            // of one product: the scores of 32 queries take 8 KiB of the first-level cache
+constexpr int kQueries = 64;          // of one task: keys are brought into the cache once for all of them
 constexpr int64_t kPacked = 8 << 20;  // bytes of packed keys and values, unless all threads need more
-constexpr int kSampled = 128;        // keys whose mean is subtracted from all
-constexpr float kSafe = 60.0f;       // scores in powers of two that need no maximum subtracted: sums stay far from the ends of float32
+constexpr int kSampled = 128;         // keys whose mean is subtracted from all
+constexpr float kSafe = 60.0f;        // scores in powers of two that need no maximum subtracted: sums stay far from the ends of float32
 
 struct Shape {
   int64_t batch, heads, queries, keys, width;
@@ -48,6 +43,16 @@ template <typename T>
 std::unique_ptr<T[], Free> room(int64_t count) {
   return std::unique_ptr<T[], Free>(static_cast<T*>(std::aligned_alloc(64, up(count * sizeof(T), 64) * 64)));
 }
+
+}  // namespace
+
+#if defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+
+namespace {
+
+constexpr int kLanes = 16;  // float32 values of a register, rows and columns of a tile
+constexpr int kRows = 32;   // queries of one product
+constexpr int kKeys = 64;   // of one product: the scores of 32 queries take 8 KiB of the first-level cache
 
 inline __mmask16 lanes(int64_t count) {
   return static_cast<__mmask16>(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);

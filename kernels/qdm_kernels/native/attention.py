@@ -1,4 +1,4 @@
-"""`attention.cpp` and `attention_short.cpp` on tensors."""
+"""`attention.cpp`, `attention_short.cpp` and `attention_narrow.cpp` on tensors."""
 
 import ctypes
 from enum import IntEnum
@@ -18,15 +18,17 @@ class Products(IntEnum):
 
     NONE = 0
     FLOATS = 1
-    SHORTS = 2  # fixed point, in AVX512-VNNI
-    VECTORS = 3
-    TILES = 4
+    NARROW = 2  # fixed point, in AVX2
+    SHORTS = 3  # fixed point, in AVX512-VNNI
+    VECTORS = 4
+    TILES = 5
 
 
 LIBRARIES = {  # best first: the source and its options
     Products.TILES: ("attention",),
     Products.VECTORS: ("attention", "-DQDM_NO_AMX"),
     Products.SHORTS: ("attention_short",),
+    Products.NARROW: ("attention_narrow",),
     Products.FLOATS: ("attention", "-DQDM_FLOATS"),
 }
 _UNBOUNDED = 2  # what a call returns that SHORTS does not compute

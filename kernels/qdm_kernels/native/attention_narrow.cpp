@@ -1,0 +1,365 @@
+// softmax(q k^T scale) v in fixed point, for CPUs with AVX2 alone: the arithmetic of attention_short.cpp in 16 registers of 8 lanes.
+//
+// Lanes are queries. Both products have six rows, which are keys or columns of values, and 16 queries: 12 sums, two registers of queries or
+// weights, one of a row's pair and one of its products. So any width fits, and the maximum and the total of a query never cross lanes.
+// Weights are scaled to 2^13 at most, values by the largest of their block and column such that sums over a block stay below 2^31. Where
+// norms do not bound scores by kSafe nothing is computed: the caller takes float32.
+#include "attention.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+
+namespace {
+
+using qdm::all;
+using qdm::each;
+using qdm::Floats;
+using qdm::fma;
+using qdm::Ints;
+using qdm::kLanes;
+using qdm::load;
+using qdm::sweep;
+
+constexpr int kGroup = 6;             // rows of a product
+constexpr int kSide = 2 * kLanes;     // queries of one
+constexpr int kLeft = 2 * kGroup;     // integers of a pair of all rows
+constexpr int kRight = 2 * kSide;     // and of all queries
+constexpr int64_t kBlock = 72;        // keys at most whose scores lie in the first-level cache, beside keys and values of width 40
+constexpr float kNorm = 32700.0f;     // of a query and of a key
+constexpr float kWeight = 13.0f;      // the largest weight as a power of two
+constexpr float kRounder = 12582912.0f;  // 1.5 2^23: a sum with it is rounded to an integer, which its low bits hold
+
+inline Floats converted(__m256i x) { return (Floats)_mm256_cvtepi32_ps(x); }
+inline __m256i rounded(Floats x) { return _mm256_cvtps_epi32((__m256)x); }
+inline __m256i pairs_of(__m256i even, __m256i odd) { return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa); }
+
+inline void store(float* to, Floats x, int64_t count) { qdm::store(to, x, count); }
+inline void store(half* to, Floats x, int64_t count) {
+  const __m128i bits = qdm::halves(x);
+  std::memcpy(to, &bits, std::min(count, kLanes) * sizeof(half));
+}
+
+// sum + the products of a pair with eight pairs, added; written out, because GCC 12 begins all products before the first sum.
+inline __m256i add(__m256i sum, __m256i pair, __m256i right) {
+  __m256i products;
+  asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(right), "x"(pair));
+  return sum;
+}
+
+// kCount of six rows times 16 queries, over pairs; `done(i, n, sum)` takes row i and the n-th eight queries.
+template <int kCount, typename Done>
+inline void multiply(const int16_t* left, const int16_t* right, int64_t pairs, Done done) {
+  constexpr auto rows = std::make_integer_sequence<int, kCount>();
+  __m256i low[kCount], high[kCount];
+  each(rows, [&](auto i) QDM_INLINE { low[i] = high[i] = _mm256_setzero_si256(); });
+#pragma GCC unroll 2
+  for (int64_t p = 0; p < pairs; ++p, left += kLeft, right += kRight) {
+    const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(right));
+    const __m256i last = _mm256_load_si256(reinterpret_cast<const __m256i*>(right) + 1);
+    each(rows, [&](auto i) QDM_INLINE {
+      int32_t two;
+      std::memcpy(&two, left + 2 * i, sizeof two);
+      const __m256i pair = _mm256_set1_epi32(two);
+      low[i] = add(low[i], pair, first);
+      high[i] = add(high[i], pair, last);
+    });
+  }
+  each(rows, [&](auto i) QDM_INLINE {
+    done(i, 0, low[i]);
+    done(i, 1, high[i]);
+  });
+}
+
+struct Sizes {
+  int64_t blocks, block, pairs, groups, width;  // blocks of keys, keys of one; pairs and groups of columns; columns in whole registers
+  float value;                                  // the largest integer of a value
+  explicit Sizes(const Shape& s)
+      : blocks(up(s.keys, kBlock)), block(up(up(s.keys, std::max<int64_t>(blocks, 1)), kGroup) * kGroup), pairs(up(s.width, 2)),
+        groups(up(s.width, kGroup)), width(up(s.width, kLanes) * kLanes),
+        value(std::min(std::floor(262000.0f / static_cast<float>(block)), 32700.0f)) {}
+  int64_t keys() const { return blocks * block * pairs * 2; }
+  int64_t values() const { return blocks * block / 2 * groups * kLeft; }
+  int64_t floats() const { return blocks * (block + width + 2); }
+};
+
+// One head: integers, what one of them is worth (of a key; of a block and column of values), and the largest squared norm of each block of
+// keys, and of a share of the queries.
+struct Packed {
+  int16_t *keys, *values;
+  float *key_steps, *value_steps, *norms, *query_norms;
+};
+
+// What a thread computes in.
+struct Scratch {
+  std::unique_ptr<int16_t[], Free> queries, weights, rows;
+  std::unique_ptr<float[], Free> scores, sums, totals, query_steps, mean, line, factors;
+  explicit Scratch(const Sizes& sizes)
+      : queries(room<int16_t>(kQueries * sizes.pairs * 2)), weights(room<int16_t>(kSide * sizes.block)),
+        rows(room<int16_t>(kSide * sizes.width)), scores(room<float>(kSide * sizes.block)),
+        sums(room<float>(kQueries * sizes.groups * kGroup)), totals(room<float>(kQueries)), query_steps(room<float>(kQueries)),
+        mean(room<float>(sizes.width)), line(room<float>(sizes.width + kGroup)), factors(room<float>(sizes.width)) {}
+  bool whole() const { return queries && weights && rows && scores && sums && totals && query_steps && mean && line && factors; }
+};
+
+// The mean of some keys, as in attention.h.
+template <typename T>
+void common_part(const View<const T>& k, int64_t b, int64_t h, const Shape& s, float* mean) {
+  const int64_t every = up(s.keys, kSampled), count = up(s.keys, every);
+  sweep(s.width, [&](int64_t c, int64_t n) QDM_INLINE {
+    Floats sum{};
+    for (int64_t i = 0; i < s.keys; i += every) sum += load(k.row(b, h, i) + c, n);
+    store(mean + c, sum * all(1.0f / static_cast<float>(count)), kLanes);
+  });
+}
+
+template <typename Value>
+float squared_norm(int64_t width, Value value) {
+  Floats squares{};
+  sweep(width, [&](int64_t c, int64_t n) QDM_INLINE {
+    const Floats x = value(c, n);
+    squares = fma(x, x, squares);
+  });
+  return qdm::sum(squares);
+}
+
+// A row as integers and what one is worth; its squared norm is returned.
+template <typename Value>
+float pack_row(int64_t width, Value value, int16_t* to, float* step) {
+  const float norm = squared_norm(width, value), by = norm > 0.0f ? kNorm / std::sqrt(norm) : 0.0f;
+  *step = by > 0.0f ? 1.0f / by : 0.0f;
+  sweep(width, [&](int64_t c, int64_t n) QDM_INLINE {
+    const __m256i x = rounded(value(c, n) * by);
+    _mm_store_si128(reinterpret_cast<__m128i*>(to + c), _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+  });
+  return norm;
+}
+
+// kCount rows of integers, `pitch` apart, pair by pair.
+template <int kCount>
+void interleave(const int16_t* rows, int64_t pitch, int64_t pairs, int16_t* to) {
+  for (int64_t p = 0; p < pairs; ++p)
+    for (int i = 0; i < kCount; ++i, to += 2) std::memcpy(to, rows + i * pitch + 2 * p, 4);
+}
+
+// Keys [first, last) into their groups, the last one being repeated to the end of its group; returns the largest squared norm.
+template <typename T>
+float pack_keys(const View<const T>& k, int64_t b, int64_t h, int64_t first, int64_t last, const Shape& s, const Sizes& sizes,
+                const Scratch& own, int16_t* to, float* steps) {
+  float most = 0.0f;
+  for (int64_t start = first; start < last; start += kGroup, to += sizes.pairs * kLeft, steps += kGroup) {
+    for (int i = 0; i < kGroup; ++i) {
+      const T* from = k.row(b, h, std::min(start + i, last - 1));
+      const auto value = [&](int64_t c, int64_t n) QDM_INLINE { return qdm::first(load(from + c, n) - load(own.mean.get() + c), n); };
+      most = larger(pack_row(s.width, value, own.rows.get() + i * sizes.width, steps + i), most);
+    }
+    interleave<kGroup>(own.rows.get(), sizes.width, sizes.pairs, to);
+  }
+  return most;
+}
+
+// Values [first, last) into groups of columns; returns 0, or NaN where a value is not finite.
+template <typename T>
+float pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, int64_t last, const Shape& s, const Sizes& sizes,
+                  const Scratch& own, int16_t* to, float* steps) {
+  Floats nothing{};
+  float* factors = own.factors.get();
+  sweep(s.width, [&](int64_t c, int64_t n) QDM_INLINE {
+    Floats most{};
+    for (int64_t key = first; key < last; ++key) {
+      const Floats x = load(v.row(b, h, key) + c, n);
+      most = (Floats)_mm256_max_ps((__m256)most, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)x));
+      nothing = fma(x, Floats{}, nothing);
+    }
+    store(factors + c, most > 0.0f ? sizes.value / most : Floats{}, kLanes);
+    store(steps + c, most * (1.0f / sizes.value), kLanes);
+  });
+  float* line = own.line.get();
+  std::fill_n(line + sizes.width, kGroup, 0.0f);
+  for (int64_t key = first; key < last; key += 2, to += kLeft) {
+    const T *even = v.row(b, h, key), *odd = key + 1 < last ? v.row(b, h, key + 1) : nullptr;
+    sweep(s.width, [&](int64_t c, int64_t n) QDM_INLINE {
+      const Floats by = load(factors + c);
+      const __m256i low = rounded(load(even + c, n) * by), high = odd ? rounded(load(odd + c, n) * by) : _mm256_setzero_si256();
+      _mm256_store_si256(reinterpret_cast<__m256i*>(line + c), pairs_of(low, high));
+    });
+    for (int64_t g = 0; g < sizes.groups; ++g)
+      std::memcpy(to + g * sizes.block / 2 * kLeft, line + g * kGroup, kLeft * sizeof(int16_t));
+  }
+  return qdm::sum(nothing);
+}
+
+template <typename T>
+void pack_block(const View<const T>& q, const View<const T>& k, const View<const T>& v, int64_t b, int64_t h, int64_t block, const Shape& s,
+                const Sizes& sizes, const Scratch& own, const Packed& to) {
+  const int64_t first = block * sizes.block, last = std::min(first + sizes.block, s.keys);
+  const float nothing = pack_values(v, b, h, first, last, s, sizes, own, to.values + block * sizes.block / 2 * sizes.groups * kLeft,
+                                    to.value_steps + block * sizes.width);
+  to.norms[block] =
+      larger(pack_keys(k, b, h, first, last, s, sizes, own, to.keys + first * sizes.pairs * 2, to.key_steps + first), nothing);
+  float longest = 0.0f;
+  for (int64_t i = s.queries * block / sizes.blocks; i < s.queries * (block + 1) / sizes.blocks; ++i) {
+    const T* from = q.row(b, h, i);
+    longest = larger(squared_norm(s.width, [&](int64_t c, int64_t n) QDM_INLINE { return load(from + c, n); }), longest);
+  }
+  to.query_norms[block] = longest;
+}
+
+// Scores [keys, 16] to weights, pairs of keys, and what one is worth, 2^unit; `most`: the largest score of each query.
+inline void weigh(const float* scores, int64_t keys, const Floats* most, const float* query_steps, float* totals, int16_t* weights,
+                  Floats* shares) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int n = 0; n < 2; ++n) {
+    const Floats by = load(query_steps + n * kLanes);
+    const Floats unit = (Floats)_mm256_ceil_ps((__m256)(most[n] * by)) - kWeight, shift = kRounder - unit;
+    const auto weight = [&](int64_t key) QDM_INLINE {
+      const Floats x = load(scores + key * kSide + n * kLanes), sum = fma(x, by, shift);
+      const Floats f = (Floats)_mm256_fmsub_ps((__m256)x, (__m256)by, (__m256)(sum - shift));
+      Floats p = fma(f, all(0.0551716697f), all(0.24261113f));  // 2^f within [-0.5, 0.5], error 7.5e-5
+      p = fma(p, f, all(0.693260986f));
+      p = fma(p, f, all(0.999928073f));
+      return rounded((Floats)((Ints)p + ((Ints)sum << 23)));  // kSafe keeps the exponent from its ends
+    };
+    __m256i count = _mm256_setzero_si256();
+    int16_t* to = weights + n * kSide;
+    const auto put = [&](__m256i pairs) QDM_INLINE {
+      count = _mm256_add_epi32(count, _mm256_madd_epi16(pairs, ones));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to), pairs);
+      to += kRight;
+    };
+    int64_t key = 0;
+    for (; key + 2 <= keys; key += 2) put(pairs_of(weight(key), weight(key + 1)));
+    if (key < keys) put(pairs_of(weight(key), _mm256_setzero_si256()));
+    shares[n] = (Floats)_mm256_slli_epi32(_mm256_add_epi32(rounded(unit), _mm256_set1_epi32(127)), 23);
+    store(totals + n * kLanes, fma(converted(count), shares[n], load(totals + n * kLanes)), kLanes);
+  }
+}
+
+// Up to six columns of values, times weights; sums [columns, 16].
+template <int kCount>
+void add_values(const int16_t* values, const int16_t* weights, int64_t pairs, const float* steps, const Floats* shares, float* sums) {
+  multiply<kCount>(values, weights, pairs, [&](int i, int n, __m256i sum) QDM_INLINE {
+    float* to = sums + i * kSide + n * kLanes;
+    store(to, fma(converted(sum) * steps[i], shares[n], load(to)), kLanes);
+  });
+}
+
+// 16 queries against a block of keys.
+inline void attend_block(const int16_t* queries, const float* query_steps, int64_t block, int64_t keys, const Shape& s, const Sizes& sizes,
+                         const Packed& head, const Scratch& own, float* totals, float* sums) {
+  constexpr void (*kAdd[])(const int16_t*, const int16_t*, int64_t, const float*, const Floats*, float*) = {
+      add_values<1>, add_values<2>, add_values<3>, add_values<4>, add_values<5>, add_values<kGroup>};
+  Floats most[2] = {all(-FLT_MAX), all(-FLT_MAX)}, shares[2];
+  float* scores = own.scores.get();
+  for (int64_t key = 0; key < keys; key += kGroup) {
+    const int64_t at = block * sizes.block + key;
+    const float* steps = head.key_steps + at;
+    multiply<kGroup>(head.keys + at * sizes.pairs * 2, queries, sizes.pairs, [&](int i, int n, __m256i sum) QDM_INLINE {
+      const Floats x = converted(sum) * steps[i];
+      most[n] = (Floats)_mm256_max_ps((__m256)most[n], (__m256)x);
+      store(scores + (key + i) * kSide + n * kLanes, x, kLanes);
+    });
+  }
+  weigh(scores, keys, most, query_steps, totals, own.weights.get(), shares);
+  const int16_t* values = head.values + block * sizes.block / 2 * sizes.groups * kLeft;
+  const float* steps = head.value_steps + block * sizes.width;
+  for (int64_t c = 0; c < s.width; c += kGroup, values += sizes.block / 2 * kLeft)
+    kAdd[std::min<int64_t>(kGroup, s.width - c) - 1](values, own.weights.get(), up(keys, 2), steps + c, shares, sums + c * kSide);
+}
+
+// kQueries queries from `first` against all keys of a head.
+template <typename T>
+void attend(const View<const T>& q, const View<T>& out, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, float factor,
+            const Packed& head, Scratch& own) {
+  const int64_t rows = std::min<int64_t>(kQueries, s.queries - first), panel = sizes.pairs * kRight, summed = sizes.groups * kGroup * kSide;
+  float *steps = own.query_steps.get(), *totals = own.totals.get(), *sums = own.sums.get();
+  for (int64_t i = 0; i < up(rows, kSide) * kSide; ++i) {
+    const T* from = q.row(b, h, first + std::min(i, rows - 1));
+    const auto value = [&](int64_t c, int64_t n) QDM_INLINE { return load(from + c, n); };
+    pack_row(s.width, value, own.rows.get() + i % kSide * sizes.width, steps + i);
+    steps[i] *= factor;
+    if (i % kSide == kSide - 1) interleave<kSide>(own.rows.get(), sizes.width, sizes.pairs, own.queries.get() + i / kSide * panel);
+  }
+  std::fill_n(totals, kQueries, 0.0f);
+  std::fill_n(sums, up(rows, kSide) * summed, 0.0f);
+  for (int64_t block = 0; block < sizes.blocks; ++block) {
+    const int64_t keys = std::min(sizes.block, s.keys - block * sizes.block);
+    for (int64_t r = 0; r < rows; r += kSide)
+      attend_block(own.queries.get() + r / kSide * panel, steps + r, block, keys, s, sizes, head, own, totals + r, sums + r / kSide * summed);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = sums + r / kSide * summed + r % kSide;
+    for (int64_t c = 0; c < s.width; ++c) own.line[c] = from[c * kSide];
+    sweep(s.width, [&](int64_t c, int64_t n) QDM_INLINE {
+      store(out.row(b, h, first + r) + c, load(own.line.get() + c) * (1.0f / totals[r]), n);
+    });
+  }
+}
+
+// Do norms bound the scores of a head?
+bool bounded(const Packed& head, const Sizes& sizes, float factor) {
+  float key = 0.0f, query = 0.0f;
+  for (int64_t block = 0; block < sizes.blocks; ++block) {
+    key = larger(head.norms[block], key);
+    query = larger(head.query_norms[block], query);
+  }
+  return key * query * factor * factor < kSafe * kSafe;
+}
+
+template <typename T>
+int attention(const View<const T>& q, const View<const T>& k, const View<const T>& v, const View<T>& out, const Shape& s, float scale,
+              int threads) {
+  const Sizes sizes(s);
+  const int64_t heads = s.batch * s.heads, tasks = up(s.queries, kQueries), floats = up(sizes.floats(), kSide) * kSide;
+  if (heads * tasks == 0) return 0;
+  const int64_t fitting = kPacked / (2 * (sizes.keys() + sizes.values())), group = std::min(heads, std::max(fitting, up(4 * threads, tasks)));
+  const auto keys = room<int16_t>(group * sizes.keys()), values = room<int16_t>(group * sizes.values());
+  const auto steps = room<float>(group * floats);
+  int failed = !(keys && values && steps);
+  const float factor = scale * 1.44269504f;  // powers of two instead of e
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Scratch own(sizes);
+    if (!own.whole())
+#pragma omp atomic write
+      failed = 1;
+#pragma omp barrier
+    for (int64_t start = 0; start < heads && !failed; start += group) {
+      const int64_t count = std::min(group, heads - start);
+      const auto packed = [&](int64_t i) {
+        float* values_at = steps.get() + i * floats;
+        float* keys_at = values_at + sizes.blocks * sizes.width;
+        float* norms = keys_at + sizes.blocks * sizes.block;
+        return Packed{keys.get() + i * sizes.keys(), values.get() + i * sizes.values(), keys_at, values_at, norms, norms + sizes.blocks};
+      };
+      int64_t known = -1;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count * sizes.blocks; ++i) {
+        const int64_t head = start + i / sizes.blocks, b = head / s.heads, h = head % s.heads;
+        if (head != known) common_part(k, b, h, s, own.mean.get());
+        known = head;
+        pack_block(q, k, v, b, h, i % sizes.blocks, s, sizes, own, packed(i / sizes.blocks));
+      }
+#pragma omp single
+      for (int64_t i = 0; i < count && !failed; ++i) failed = bounded(packed(i), sizes, factor) ? 0 : 2;
+      if (failed) break;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < count * tasks; ++i) {
+        const int64_t head = start + i / tasks;
+        attend(q, out, head / s.heads, head % s.heads, i % tasks * kQueries, s, sizes, factor, packed(i / tasks), own);
+      }
+    }
+  }
+  return failed;
+}
+
+}  // namespace
+
+// As in attention.cpp, of a kind of its own. Returns 2 = scores may be too large.
+extern "C" int qdm_attention_products() { return 2; }
+
+#include "attention_exports.h"
+
+#else
+
+extern "C" int qdm_attention_products() { return 0; }
+
+#endif
