@@ -45,29 +45,41 @@ inline __m256i add(__m256i sum, __m256i pair, __m256i right) {
   return sum;
 }
 
-// kCount of six rows times 16 queries, over pairs; `done(i, n, sum)` takes row i and the n-th eight queries.
-template <int kCount, typename Done>
-inline void multiply(const int16_t* left, const int16_t* right, int64_t pairs, Done done) {
-  constexpr auto rows = std::make_integer_sequence<int, kCount>();
-  __m256i low[kCount], high[kCount];
-  each(rows, [&](auto i) QDM_INLINE { low[i] = high[i] = _mm256_setzero_si256(); });
-#pragma GCC unroll 2
-  for (int64_t p = 0; p < pairs; ++p, left += kLeft, right += kRight) {
-    const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(right));
-    const __m256i last = _mm256_load_si256(reinterpret_cast<const __m256i*>(right) + 1);
-    each(rows, [&](auto i) QDM_INLINE {
+// Sums of kCount of six rows and 16 queries, over pairs.
+template <int kCount>
+class Sums {
+ public:
+  Sums(const int16_t* left, const int16_t* right, int64_t pairs) {
+    each(kAll, [&](auto i) QDM_INLINE { low_[i] = high_[i] = _mm256_setzero_si256(); });
+    const int16_t* end = right + pairs * kRight;
+    for (; right != end; left += kLeft, right += kRight) add_pair(left, whole(right), whole(right + kSide));
+  }
+
+  // f(i, n, sum) for row i and the n-th eight queries.
+  template <typename F>
+  QDM_INLINE void pass(F f) const {
+    each(kAll, [&](auto i) QDM_INLINE {
+      f(i, 0, low_[i]);
+      f(i, 1, high_[i]);
+    });
+  }
+
+ private:
+  static constexpr auto kAll = std::make_integer_sequence<int, kCount>();
+  __m256i low_[kCount], high_[kCount];
+
+  static __m256i whole(const int16_t* from) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(from)); }
+
+  QDM_INLINE void add_pair(const int16_t* left, __m256i first, __m256i last) {
+    each(kAll, [&](auto i) QDM_INLINE {
       int32_t two;
       std::memcpy(&two, left + 2 * i, sizeof two);
       const __m256i pair = _mm256_set1_epi32(two);
-      low[i] = add(low[i], pair, first);
-      high[i] = add(high[i], pair, last);
+      low_[i] = add(low_[i], pair, first);
+      high_[i] = add(high_[i], pair, last);
     });
   }
-  each(rows, [&](auto i) QDM_INLINE {
-    done(i, 0, low[i]);
-    done(i, 1, high[i]);
-  });
-}
+};
 
 struct Sizes {
   int64_t blocks, block, pairs, groups, width;  // blocks of keys, keys of one; pairs and groups of columns; columns in whole registers
@@ -204,7 +216,7 @@ void pack_block(const View<const T>& q, const View<const T>& k, const View<const
 }
 
 // Scores [keys, 16] to weights, pairs of keys, and what one is worth, 2^unit; `most`: the largest score of each query.
-inline void weigh(const float* scores, int64_t keys, const Floats* most, const float* query_steps, float* totals, int16_t* weights,
+__attribute__((noinline)) void weigh(const float* scores, int64_t keys, const Floats* most, const float* query_steps, float* totals, int16_t* weights,
                   Floats* shares) {
   const __m256i ones = _mm256_set1_epi16(1);
   for (int n = 0; n < 2; ++n) {
@@ -233,10 +245,21 @@ inline void weigh(const float* scores, int64_t keys, const Floats* most, const f
   }
 }
 
+// Scores of six keys and 16 queries, but for the step of a query, and the largest of each query. A function of its own, as GCC 12 leaves the
+// sums of a product in memory where there is more around it.
+__attribute__((noinline)) void score(const int16_t* keys, const int16_t* queries, int64_t pairs, const float* steps, float* scores,
+                                     Floats* most) {
+  Sums<kGroup>(keys, queries, pairs).pass([&](int i, int n, __m256i sum) QDM_INLINE {
+    const Floats x = converted(sum) * steps[i];
+    most[n] = (Floats)_mm256_max_ps((__m256)most[n], (__m256)x);
+    store(scores + i * kSide + n * kLanes, x, kLanes);
+  });
+}
+
 // Up to six columns of values, times weights; sums [columns, 16].
 template <int kCount>
 void add_values(const int16_t* values, const int16_t* weights, int64_t pairs, const float* steps, const Floats* shares, float* sums) {
-  multiply<kCount>(values, weights, pairs, [&](int i, int n, __m256i sum) QDM_INLINE {
+  Sums<kCount>(values, weights, pairs).pass([&](int i, int n, __m256i sum) QDM_INLINE {
     float* to = sums + i * kSide + n * kLanes;
     store(to, fma(converted(sum) * steps[i], shares[n], load(to)), kLanes);
   });
@@ -251,12 +274,7 @@ inline void attend_block(const int16_t* queries, const float* query_steps, int64
   float* scores = own.scores.get();
   for (int64_t key = 0; key < keys; key += kGroup) {
     const int64_t at = block * sizes.block + key;
-    const float* steps = head.key_steps + at;
-    multiply<kGroup>(head.keys + at * sizes.pairs * 2, queries, sizes.pairs, [&](int i, int n, __m256i sum) QDM_INLINE {
-      const Floats x = converted(sum) * steps[i];
-      most[n] = (Floats)_mm256_max_ps((__m256)most[n], (__m256)x);
-      store(scores + (key + i) * kSide + n * kLanes, x, kLanes);
-    });
+    score(head.keys + at * sizes.pairs * 2, queries, sizes.pairs, head.key_steps + at, scores + key * kSide, most);
   }
   weigh(scores, keys, most, query_steps, totals, own.weights.get(), shares);
   const int16_t* values = head.values + block * sizes.block / 2 * sizes.groups * kLeft;
