@@ -16,7 +16,7 @@ from qdm_kernels.native import attention as native
 from qdm_kernels.native.attention import Products
 
 KINDS = [kind for kind in native.LIBRARIES if native._library(kind) is not None]
-pytestmark = pytest.mark.skipif(not KINDS, reason="no compiler or no AVX512 here")
+pytestmark = pytest.mark.skipif(not KINDS, reason="no compiler or no AVX2 here")
 SHAPES = [
     (1, 1, 1, 1, 8),
     (2, 3, 65, 130, 40),

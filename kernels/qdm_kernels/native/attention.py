@@ -5,6 +5,7 @@ from enum import IntEnum
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qdm_kernels.native.build import library
@@ -31,7 +32,7 @@ LIBRARIES = {  # best first: the source and its options
     Products.NARROW: ("attention_narrow",),
     Products.FLOATS: ("attention", "-DQDM_FLOATS"),
 }
-_UNBOUNDED = 2  # what a call returns that SHORTS does not compute
+_UNBOUNDED = 2  # what a call returns that SHORTS and NARROW do not compute
 
 
 @cache
@@ -51,7 +52,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | No
     """softmax(q k^T scale) v of what `takes` accepts -> [B, H, L, d], laid out as [B, L, H, d]. kind: None = the fastest here.
 
     Products in bfloat16 with float32 sums: keys in float32 lose a common part before they are rounded, weights are rounded, scores are not.
-    FLOATS: all in float32. SHORTS: products in 16-bit fixed point, 20 times closer than bfloat16; float32 where scores may be large.
+    FLOATS: all in float32. SHORTS and NARROW: products in 16-bit fixed point, 20 times closer than bfloat16; float32 where scores may be
+    large.
     """
     library_ = _library(products() if kind is None else kind)
     if library_ is None:
@@ -64,10 +66,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | No
     call = getattr(library_, f"qdm_attention_{_KINDS[q.dtype]}")
     result = call(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), sizes, by, scale, torch.get_num_threads())
     if result == _UNBOUNDED:
-        return attention(q, k, v, scale, Products.FLOATS)
+        return _in_float32(q, k, v, scale)
     if result:
         raise MemoryError("attention: no memory for packed keys and values")
     return out
+
+
+def _in_float32(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """What norms do not bound: the loop of AVX512, or torch's kernel where there is none."""
+    if _library(Products.FLOATS) is not None:
+        return attention(q, k, v, scale, Products.FLOATS)
+    out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).to(q.dtype)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @cache

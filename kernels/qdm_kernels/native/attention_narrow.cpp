@@ -24,6 +24,7 @@ constexpr int kSide = 2 * kLanes;     // queries of one
 constexpr int kLeft = 2 * kGroup;     // integers of a pair of all rows
 constexpr int kRight = 2 * kSide;     // and of all queries
 constexpr int64_t kBlock = 72;        // keys at most whose scores lie in the first-level cache, beside keys and values of width 40
+constexpr int64_t kAhead = 8;         // rows that are asked for before they are read
 constexpr float kNorm = 32700.0f;     // of a query and of a key
 constexpr float kWeight = 13.0f;      // the largest weight as a power of two
 constexpr float kRounder = 12582912.0f;  // 1.5 2^23: a sum with it is rounded to an integer, which its low bits hold
@@ -82,34 +83,41 @@ class Sums {
 };
 
 struct Sizes {
-  int64_t blocks, block, pairs, groups, width;  // blocks of keys, keys of one; pairs and groups of columns; columns in whole registers
-  float value;                                  // the largest integer of a value
+  int64_t blocks, block, tasks;  // blocks of keys, keys of one, tasks of queries
+  int64_t pairs, groups, width;  // pairs and groups of columns; columns in whole registers
+  float value;                   // the largest integer of a value: with kBlock / 2 keys or more, sums over a block stay below 2^31
   explicit Sizes(const Shape& s)
-      : blocks(up(s.keys, kBlock)), block(up(up(s.keys, std::max<int64_t>(blocks, 1)), kGroup) * kGroup), pairs(up(s.width, 2)),
-        groups(up(s.width, kGroup)), width(up(s.width, kLanes) * kLanes),
+      : blocks(up(s.keys, kBlock)), block(up(up(s.keys, std::max<int64_t>(blocks, 1)), kGroup) * kGroup), tasks(up(s.queries, kQueries)),
+        pairs(up(s.width, 2)), groups(up(s.width, kGroup)), width(up(s.width, kLanes) * kLanes),
         value(std::min(std::floor(262000.0f / static_cast<float>(block)), 32700.0f)) {}
+  int64_t queries() const { return tasks * kQueries * pairs * 2; }
   int64_t keys() const { return blocks * block * pairs * 2; }
   int64_t values() const { return blocks * block / 2 * groups * kLeft; }
-  int64_t floats() const { return blocks * (block + width + 2); }
+  int64_t whole() const { return up(queries() + keys() + values(), kRight) * kRight; }
+  int64_t floats() const { return up(blocks * (width + block + 1) + tasks * (kQueries + 1), kSide) * kSide; }
+  int64_t sums() const { return std::max(groups * kGroup, width) * kSide; }  // of 16 queries
 };
 
-// One head: integers, what one of them is worth (of a key; of a block and column of values), and the largest squared norm of each block of
-// keys, and of a share of the queries.
+// One head: integers, what one of them is worth (of a query; of a key; of a block and column of values), and the largest squared norms of
+// each task and block.
 struct Packed {
-  int16_t *keys, *values;
-  float *key_steps, *value_steps, *norms, *query_norms;
+  int16_t *queries, *keys, *values;
+  float *value_steps, *key_steps, *query_steps, *key_norms, *query_norms;
+  Packed(const Sizes& s, int16_t* integers, float* floats)
+      : queries(integers), keys(queries + s.queries()), values(keys + s.keys()), value_steps(floats),
+        key_steps(value_steps + s.blocks * s.width), query_steps(key_steps + s.blocks * s.block),
+        key_norms(query_steps + s.tasks * kQueries), query_norms(key_norms + s.blocks) {}
 };
 
 // What a thread computes in.
 struct Scratch {
-  std::unique_ptr<int16_t[], Free> queries, weights, rows;
-  std::unique_ptr<float[], Free> scores, sums, totals, query_steps, mean, line, factors;
+  std::unique_ptr<int16_t[], Free> weights, rows;
+  std::unique_ptr<float[], Free> scores, sums, totals, mean, line, factors;
   explicit Scratch(const Sizes& sizes)
-      : queries(room<int16_t>(kQueries * sizes.pairs * 2)), weights(room<int16_t>(kSide * sizes.block)),
-        rows(room<int16_t>(kSide * sizes.width)), scores(room<float>(kSide * sizes.block)),
-        sums(room<float>(kQueries * sizes.groups * kGroup)), totals(room<float>(kQueries)), query_steps(room<float>(kQueries)),
-        mean(room<float>(sizes.width)), line(room<float>(sizes.width + kGroup)), factors(room<float>(sizes.width)) {}
-  bool whole() const { return queries && weights && rows && scores && sums && totals && query_steps && mean && line && factors; }
+      : weights(room<int16_t>(kSide * sizes.block)), rows(room<int16_t>(kSide * sizes.width)), scores(room<float>(kSide * sizes.block)),
+        sums(room<float>(kQueries / kSide * sizes.sums())), totals(room<float>(kQueries)), mean(room<float>(sizes.width)),
+        line(room<float>(sizes.width + kGroup)), factors(room<float>(sizes.width)) {}
+  bool whole() const { return weights && rows && scores && sums && totals && mean && line && factors; }
 };
 
 // The mean of some keys, as in attention.h.
@@ -123,20 +131,15 @@ void common_part(const View<const T>& k, int64_t b, int64_t h, const Shape& s, f
   });
 }
 
+// A row as integers and what one is worth; its squared norm is returned.
 template <typename Value>
-float squared_norm(int64_t width, Value value) {
+float pack_row(int64_t width, Value value, int16_t* to, float* step) {
   Floats squares{};
   sweep(width, [&](int64_t c, int64_t n) QDM_INLINE {
     const Floats x = value(c, n);
     squares = fma(x, x, squares);
   });
-  return qdm::sum(squares);
-}
-
-// A row as integers and what one is worth; its squared norm is returned.
-template <typename Value>
-float pack_row(int64_t width, Value value, int16_t* to, float* step) {
-  const float norm = squared_norm(width, value), by = norm > 0.0f ? kNorm / std::sqrt(norm) : 0.0f;
+  const float norm = qdm::sum(squares), by = norm > 0.0f ? kNorm / std::sqrt(norm) : 0.0f;
   *step = by > 0.0f ? 1.0f / by : 0.0f;
   sweep(width, [&](int64_t c, int64_t n) QDM_INLINE {
     const __m256i x = rounded(value(c, n) * by);
@@ -152,7 +155,29 @@ void interleave(const int16_t* rows, int64_t pitch, int64_t pairs, int16_t* to) 
     for (int i = 0; i < kCount; ++i, to += 2) std::memcpy(to, rows + i * pitch + 2 * p, 4);
 }
 
-// Keys [first, last) into their groups, the last one being repeated to the end of its group; returns the largest squared norm.
+// Rows of heads lie apart, where the CPU does not look ahead.
+template <typename T>
+inline void fetch(const T* row, int64_t width) {
+  for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(T))) _mm_prefetch(reinterpret_cast<const char*>(row + c), _MM_HINT_T0);
+}
+
+// Queries of a task, 16 after 16, the last one being repeated; their steps are multiplied by the factor. Returns the largest squared norm.
+template <typename T>
+float pack_queries(const View<const T>& q, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, float factor,
+                   const Scratch& own, int16_t* to, float* steps) {
+  float most = 0.0f;
+  for (int64_t i = 0; i < kQueries && first + i / kSide * kSide < s.queries; ++i) {
+    const T* from = q.row(b, h, std::min(first + i, s.queries - 1));
+    fetch(q.row(b, h, std::min(first + i + kAhead, s.queries - 1)), s.width);
+    const auto value = [&](int64_t c, int64_t n) QDM_INLINE { return load(from + c, n); };
+    most = larger(pack_row(s.width, value, own.rows.get() + i % kSide * sizes.width, steps + i), most);
+    steps[i] *= factor;
+    if (i % kSide == kSide - 1) interleave<kSide>(own.rows.get(), sizes.width, sizes.pairs, to + i / kSide * sizes.pairs * kRight);
+  }
+  return most;
+}
+
+// Keys [first, last) into their groups, the last one being repeated; returns the largest squared norm.
 template <typename T>
 float pack_keys(const View<const T>& k, int64_t b, int64_t h, int64_t first, int64_t last, const Shape& s, const Sizes& sizes,
                 const Scratch& own, int16_t* to, float* steps) {
@@ -160,6 +185,7 @@ float pack_keys(const View<const T>& k, int64_t b, int64_t h, int64_t first, int
   for (int64_t start = first; start < last; start += kGroup, to += sizes.pairs * kLeft, steps += kGroup) {
     for (int i = 0; i < kGroup; ++i) {
       const T* from = k.row(b, h, std::min(start + i, last - 1));
+      fetch(k.row(b, h, std::min(start + i + kAhead, s.keys - 1)), s.width);
       const auto value = [&](int64_t c, int64_t n) QDM_INLINE { return qdm::first(load(from + c, n) - load(own.mean.get() + c), n); };
       most = larger(pack_row(s.width, value, own.rows.get() + i * sizes.width, steps + i), most);
     }
@@ -173,18 +199,22 @@ template <typename T>
 float pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, int64_t last, const Shape& s, const Sizes& sizes,
                   const Scratch& own, int16_t* to, float* steps) {
   Floats nothing{};
-  float* factors = own.factors.get();
-  sweep(s.width, [&](int64_t c, int64_t n) QDM_INLINE {
-    Floats most{};
-    for (int64_t key = first; key < last; ++key) {
-      const Floats x = load(v.row(b, h, key) + c, n);
-      most = (Floats)_mm256_max_ps((__m256)most, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)x));
+  float *factors = own.factors.get(), *line = own.line.get();
+  std::fill_n(factors, sizes.width, 0.0f);
+  for (int64_t key = first; key < last; ++key) {
+    const T* from = v.row(b, h, key);
+    fetch(v.row(b, h, std::min(key + kAhead, s.keys - 1)), s.width);
+    sweep(s.width, [&](int64_t c, int64_t n) QDM_INLINE {
+      const Floats x = load(from + c, n);
+      store(factors + c, (Floats)_mm256_max_ps(_mm256_loadu_ps(factors + c), _mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)x)), kLanes);
       nothing = fma(x, Floats{}, nothing);
-    }
-    store(factors + c, most > 0.0f ? sizes.value / most : Floats{}, kLanes);
-    store(steps + c, most * (1.0f / sizes.value), kLanes);
+    });
+  }
+  sweep(sizes.width, [&](int64_t c, int64_t n) QDM_INLINE {
+    const Floats most = load(factors + c);
+    store(factors + c, most > 0.0f ? sizes.value / most : Floats{}, n);
+    store(steps + c, most * (1.0f / sizes.value), n);
   });
-  float* line = own.line.get();
   std::fill_n(line + sizes.width, kGroup, 0.0f);
   for (int64_t key = first; key < last; key += 2, to += kLeft) {
     const T *even = v.row(b, h, key), *odd = key + 1 < last ? v.row(b, h, key + 1) : nullptr;
@@ -200,19 +230,13 @@ float pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, i
 }
 
 template <typename T>
-void pack_block(const View<const T>& q, const View<const T>& k, const View<const T>& v, int64_t b, int64_t h, int64_t block, const Shape& s,
-                const Sizes& sizes, const Scratch& own, const Packed& to) {
+void pack_block(const View<const T>& k, const View<const T>& v, int64_t b, int64_t h, int64_t block, const Shape& s, const Sizes& sizes,
+                const Scratch& own, const Packed& to) {
   const int64_t first = block * sizes.block, last = std::min(first + sizes.block, s.keys);
   const float nothing = pack_values(v, b, h, first, last, s, sizes, own, to.values + block * sizes.block / 2 * sizes.groups * kLeft,
                                     to.value_steps + block * sizes.width);
-  to.norms[block] =
+  to.key_norms[block] =
       larger(pack_keys(k, b, h, first, last, s, sizes, own, to.keys + first * sizes.pairs * 2, to.key_steps + first), nothing);
-  float longest = 0.0f;
-  for (int64_t i = s.queries * block / sizes.blocks; i < s.queries * (block + 1) / sizes.blocks; ++i) {
-    const T* from = q.row(b, h, i);
-    longest = larger(squared_norm(s.width, [&](int64_t c, int64_t n) QDM_INLINE { return load(from + c, n); }), longest);
-  }
-  to.query_norms[block] = longest;
 }
 
 // Scores [keys, 16] to weights, pairs of keys, and what one is worth, 2^unit; `most`: the largest score of each query.
@@ -283,42 +307,59 @@ inline void attend_block(const int16_t* queries, const float* query_steps, int64
     kAdd[std::min<int64_t>(kGroup, s.width - c) - 1](values, own.weights.get(), up(keys, 2), steps + c, shares, sums + c * kSide);
 }
 
-// kQueries queries from `first` against all keys of a head.
-template <typename T>
-void attend(const View<const T>& q, const View<T>& out, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, float factor,
-            const Packed& head, Scratch& own) {
-  const int64_t rows = std::min<int64_t>(kQueries, s.queries - first), panel = sizes.pairs * kRight, summed = sizes.groups * kGroup * kSide;
-  float *steps = own.query_steps.get(), *totals = own.totals.get(), *sums = own.sums.get();
-  for (int64_t i = 0; i < up(rows, kSide) * kSide; ++i) {
-    const T* from = q.row(b, h, first + std::min(i, rows - 1));
-    const auto value = [&](int64_t c, int64_t n) QDM_INLINE { return load(from + c, n); };
-    pack_row(s.width, value, own.rows.get() + i % kSide * sizes.width, steps + i);
-    steps[i] *= factor;
-    if (i % kSide == kSide - 1) interleave<kSide>(own.rows.get(), sizes.width, sizes.pairs, own.queries.get() + i / kSide * panel);
+inline void transpose(Floats* x) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps((__m256)x[i], (__m256)x[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps((__m256)x[i], (__m256)x[i + 1]);
   }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+      b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = (Floats)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    x[i + 4] = (Floats)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+
+// Sums [columns, 16] of eight queries over their totals, to up to eight rows.
+template <typename T>
+void put(const float* sums, const float* totals, const View<T>& out, int64_t b, int64_t h, int64_t first, const Shape& s) {
+  const Floats share = 1.0f / load(totals);
+  const int64_t rows = std::min(kLanes, s.queries - first);
+  sweep(s.width, [&](int64_t c, int64_t n) QDM_INLINE {
+    Floats x[kLanes];
+    for (int i = 0; i < kLanes; ++i) x[i] = load(sums + (c + i) * kSide) * share;
+    transpose(x);
+    for (int64_t i = 0; i < rows; ++i) store(out.row(b, h, first + i) + c, x[i], n);
+  });
+}
+
+// Queries of a task against all keys of a head.
+template <typename T>
+void attend(const View<T>& out, int64_t b, int64_t h, int64_t task, const Shape& s, const Sizes& sizes, const Packed& head,
+            const Scratch& own) {
+  const int64_t first = task * kQueries, rows = std::min<int64_t>(kQueries, s.queries - first), some = up(rows, kSide);
+  float *totals = own.totals.get(), *sums = own.sums.get();
   std::fill_n(totals, kQueries, 0.0f);
-  std::fill_n(sums, up(rows, kSide) * summed, 0.0f);
+  std::fill_n(sums, some * sizes.sums(), 0.0f);
   for (int64_t block = 0; block < sizes.blocks; ++block) {
     const int64_t keys = std::min(sizes.block, s.keys - block * sizes.block);
-    for (int64_t r = 0; r < rows; r += kSide)
-      attend_block(own.queries.get() + r / kSide * panel, steps + r, block, keys, s, sizes, head, own, totals + r, sums + r / kSide * summed);
+    for (int64_t i = 0; i < some; ++i)
+      attend_block(head.queries + (first + i * kSide) * sizes.pairs * 2, head.query_steps + first + i * kSide, block, keys, s, sizes, head,
+                   own, totals + i * kSide, sums + i * sizes.sums());
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* from = sums + r / kSide * summed + r % kSide;
-    for (int64_t c = 0; c < s.width; ++c) own.line[c] = from[c * kSide];
-    sweep(s.width, [&](int64_t c, int64_t n) QDM_INLINE {
-      store(out.row(b, h, first + r) + c, load(own.line.get() + c) * (1.0f / totals[r]), n);
-    });
-  }
+  for (int64_t r = 0; r < rows; r += kLanes)
+    put(sums + r / kSide * sizes.sums() + r % kSide, totals + r, out, b, h, first + r, s);
 }
 
 // Do norms bound the scores of a head?
 bool bounded(const Packed& head, const Sizes& sizes, float factor) {
   float key = 0.0f, query = 0.0f;
-  for (int64_t block = 0; block < sizes.blocks; ++block) {
-    key = larger(head.norms[block], key);
-    query = larger(head.query_norms[block], query);
-  }
+  for (int64_t block = 0; block < sizes.blocks; ++block) key = larger(head.key_norms[block], key);
+  for (int64_t task = 0; task < sizes.tasks; ++task) query = larger(head.query_norms[task], query);
   return key * query * factor * factor < kSafe * kSafe;
 }
 
@@ -326,43 +367,44 @@ template <typename T>
 int attention(const View<const T>& q, const View<const T>& k, const View<const T>& v, const View<T>& out, const Shape& s, float scale,
               int threads) {
   const Sizes sizes(s);
-  const int64_t heads = s.batch * s.heads, tasks = up(s.queries, kQueries), floats = up(sizes.floats(), kSide) * kSide;
-  if (heads * tasks == 0) return 0;
-  const int64_t fitting = kPacked / (2 * (sizes.keys() + sizes.values())), group = std::min(heads, std::max(fitting, up(4 * threads, tasks)));
-  const auto keys = room<int16_t>(group * sizes.keys()), values = room<int16_t>(group * sizes.values());
-  const auto steps = room<float>(group * floats);
-  int failed = !(keys && values && steps);
+  const int64_t heads = s.batch * s.heads, parts = sizes.blocks + sizes.tasks;
+  if (heads * sizes.tasks == 0) return 0;
+  const int64_t fitting = kPacked / (2 * sizes.whole()), group = std::min(heads, std::max(fitting, up(4 * threads, sizes.tasks)));
+  const auto integers = room<int16_t>(group * sizes.whole());
+  const auto floats = room<float>(group * sizes.floats());
+  int failed = !(integers && floats);
   const float factor = scale * 1.44269504f;  // powers of two instead of e
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Scratch own(sizes);
+    const Scratch own(sizes);
     if (!own.whole())
 #pragma omp atomic write
       failed = 1;
 #pragma omp barrier
     for (int64_t start = 0; start < heads && !failed; start += group) {
       const int64_t count = std::min(group, heads - start);
-      const auto packed = [&](int64_t i) {
-        float* values_at = steps.get() + i * floats;
-        float* keys_at = values_at + sizes.blocks * sizes.width;
-        float* norms = keys_at + sizes.blocks * sizes.block;
-        return Packed{keys.get() + i * sizes.keys(), values.get() + i * sizes.values(), keys_at, values_at, norms, norms + sizes.blocks};
-      };
+      const auto packed = [&](int64_t i) { return Packed(sizes, integers.get() + i * sizes.whole(), floats.get() + i * sizes.floats()); };
       int64_t known = -1;
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < count * sizes.blocks; ++i) {
-        const int64_t head = start + i / sizes.blocks, b = head / s.heads, h = head % s.heads;
+      for (int64_t i = 0; i < count * parts; ++i) {
+        const int64_t head = start + i / parts, b = head / s.heads, h = head % s.heads, part = i % parts, task = part - sizes.blocks;
+        const Packed to = packed(i / parts);
+        if (task >= 0) {
+          to.query_norms[task] = pack_queries(q, b, h, task * kQueries, s, sizes, factor, own, to.queries + task * kQueries * sizes.pairs * 2,
+                                              to.query_steps + task * kQueries);
+          continue;
+        }
         if (head != known) common_part(k, b, h, s, own.mean.get());
         known = head;
-        pack_block(q, k, v, b, h, i % sizes.blocks, s, sizes, own, packed(i / sizes.blocks));
+        pack_block(k, v, b, h, part, s, sizes, own, to);
       }
 #pragma omp single
       for (int64_t i = 0; i < count && !failed; ++i) failed = bounded(packed(i), sizes, factor) ? 0 : 2;
       if (failed) break;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count * tasks; ++i) {
-        const int64_t head = start + i / tasks;
-        attend(q, out, head / s.heads, head % s.heads, i % tasks * kQueries, s, sizes, factor, packed(i / tasks), own);
+      for (int64_t i = 0; i < count * sizes.tasks; ++i) {
+        const int64_t head = start + i / sizes.tasks;
+        attend(out, head / s.heads, head % s.heads, i % sizes.tasks, s, sizes, packed(i / sizes.tasks), own);
       }
     }
   }
