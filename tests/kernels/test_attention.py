@@ -94,6 +94,9 @@ def test_every_refusal_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "products", lambda: Products.FLOATS)
     assert op.why_not(long, long, long) is None
     assert "below 512" in (op.why_not(long, long[:, :, :77], long[:, :, :77]) or "")
+    monkeypatch.setattr(native, "products", lambda: Products.NARROW)
+    assert op.why_not(long, long[:, :, :77], long[:, :, :77]) is None
+    assert "below 77" in (op.why_not(long, long[:, :, :64], long[:, :, :64]) or "")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,8 @@ def test_every_refusal_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         (Products.NONE, False, cpu.attention),
         (Products.FLOATS, False, native.attention),
         (Products.FLOATS, True, cpu.tiled),
+        (Products.NARROW, False, native.attention),
+        (Products.NARROW, True, cpu.tiled),
     ],
 )
 def test_the_fastest_implementation_runs(products, tiles, chosen, monkeypatch: pytest.MonkeyPatch) -> None:

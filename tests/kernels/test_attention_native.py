@@ -16,6 +16,8 @@ from qdm_kernels.native import attention as native
 from qdm_kernels.native.attention import Products
 
 KINDS = [kind for kind in native.LIBRARIES if native._library(kind) is not None]
+FIXED = [kind for kind in (Products.SHORTS, Products.NARROW) if kind in KINDS]
+needs_fixed_point = pytest.mark.skipif(not FIXED, reason="no AVX512-VNNI, nor AVX2 alone")
 pytestmark = pytest.mark.skipif(not KINDS, reason="no compiler or no AVX2 here")
 SHAPES = [
     (1, 1, 1, 1, 8),
@@ -30,6 +32,11 @@ SHAPES = [
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.name.lower())
 def kind(request: pytest.FixtureRequest) -> Products:
+    return request.param
+
+
+@pytest.fixture(params=FIXED, ids=lambda kind: kind.name.lower())
+def fixed(request: pytest.FixtureRequest) -> Products:
     return request.param
 
 
@@ -170,25 +177,46 @@ def test_no_queries_no_output(shape, kind) -> None:
     assert native.attention(q, k, v, 1.0, kind).shape == q.shape
 
 
-@pytest.mark.skipif(Products.SHORTS not in KINDS, reason="no AVX512-VNNI here")
+@pytest.mark.skipif(Products.FLOATS not in KINDS, reason="no AVX512 here")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fixed_point_is_far_closer_than_bfloat16(shape) -> None:
+def test_float32_is_closest(shape) -> None:
     q, k, v = drawn(shape)
+    assert error(native.attention(q, k, v, shape[-1] ** -0.5, Products.FLOATS), q, k, v, shape[-1] ** -0.5) <= 2e-6
+
+
+@needs_fixed_point
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 100, 160, 512), (1, 1, 17, 83, 1024), (1, 1, 300, 401, 40)], ids=str)
+def test_fixed_point_is_far_closer_than_bfloat16(shape, dtype, fixed) -> None:
+    q, k, v = drawn(shape, dtype)
     scale = shape[-1] ** -0.5
-    assert error(native.attention(q, k, v, scale, Products.FLOATS), q, k, v, scale) <= 2e-6
-    assert error(native.attention(q, k, v, scale, Products.SHORTS), q, k, v, scale) <= 6e-4
+    rounding = 0.002 if dtype == torch.bfloat16 else 0.0  # of the output
+    assert error(native.attention(q, k, v, scale, fixed), q, k, v, scale) <= 6e-4 + rounding
 
 
-@pytest.mark.skipif(Products.SHORTS not in KINDS, reason="no AVX512-VNNI here")
-def test_where_scores_may_be_large_float32_serves() -> None:
+@needs_fixed_point
+def test_sums_of_fixed_point_do_not_overflow(fixed) -> None:
+    """All weights and all values of a block are the largest there are; so are all products of a query with its own direction."""
+    q, k = torch.ones(1, 1, 40, 1024), torch.ones(1, 1, 163, 1024)
+    q[..., 1:], k[..., 1:] = 0.5, 0.5
+    k[:, :, ::2] *= -1
+    for scale in (1e-6, 0.05):
+        v = torch.full_like(k, -7.0)
+        assert error(native.attention(q, k, v, scale, fixed), q, k, v, scale) <= 6e-4
+
+
+@needs_fixed_point
+def test_where_scores_may_be_large_float32_serves(fixed) -> None:
     """Norms of a few keys that are 30 times larger would leave too little of the others."""
     q, k, v = drawn((1, 2, 70, 90, 40))
     k = torch.cat([30 * k[:, :, :45], -30 * k[:, :, :45]], 2)
-    same = [native.attention(q, k, v, 0.4, kind) for kind in (Products.SHORTS, Products.FLOATS)]
-    assert torch.equal(*same)
+    got = native.attention(q, k, v, 0.4, fixed)
+    assert torch.equal(got, native._in_float32(q, k, v, 0.4))
+    assert got.transpose(1, 2).is_contiguous()
+    assert error(got, q, k, v, 0.4) <= 1e-5
     outlier = v.clone()
     outlier[0, 0, 3] *= 1e4  # a value that others of its block and column do not survive weighs as much as they do not
-    assert error(native.attention(q, k / 30, outlier, 0.16, Products.SHORTS), q, k / 30, outlier, 0.16) <= 6e-4
+    assert error(native.attention(q, k / 30, outlier, 0.16, fixed), q, k / 30, outlier, 0.16) <= 6e-4
 
 
 def test_what_it_does_not_read() -> None:

@@ -1,9 +1,9 @@
 // softmax(q k^T scale) v in fixed point, for CPUs with AVX2 alone: the arithmetic of attention_short.cpp in 16 registers of 8 lanes.
 //
-// Lanes are queries. Both products have six rows, which are keys or columns of values, and 16 queries: 12 sums, two registers of queries or
-// weights, one of a row's pair and one of its products. So any width fits, and the maximum and the total of a query never cross lanes.
-// Weights are scaled to 2^13 at most, values by the largest of their block and column such that sums over a block stay below 2^31. Where
-// norms do not bound scores by kSafe nothing is computed: the caller takes float32.
+// Lanes are queries. Both products have five rows, which are keys or columns of values, and 16 queries: ten sums, two registers of queries
+// or weights, one of a row's pair and one of its products. So widths need no padding (a head of 40 is eight times five), and the maximum and
+// the total of a query never cross lanes. Weights are 2^13 at most; values are scaled by the largest of their block and column, such that
+// sums over a block stay below 2^31. Where norms do not bound scores by kSafe nothing is computed: the caller takes float32.
 #include "attention.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
@@ -19,14 +19,15 @@ using qdm::kLanes;
 using qdm::load;
 using qdm::sweep;
 
-constexpr int kGroup = 6;             // rows of a product
-constexpr int kSide = 2 * kLanes;     // queries of one
-constexpr int kLeft = 2 * kGroup;     // integers of a pair of all rows
-constexpr int kRight = 2 * kSide;     // and of all queries
-constexpr int64_t kBlock = 72;        // keys at most whose scores lie in the first-level cache, beside keys and values of width 40
-constexpr int64_t kAhead = 8;         // rows that are asked for before they are read
-constexpr float kNorm = 32700.0f;     // of a query and of a key
-constexpr float kWeight = 13.0f;      // the largest weight as a power of two
+constexpr int kGroup = 5;                // rows of a product; six are as fast, and leave GCC no register for what it copies
+constexpr int kSide = 2 * kLanes;        // queries of one
+constexpr int kLeft = 2 * kGroup;        // integers of a pair of all rows
+constexpr int kRight = 2 * kSide;        // and of all queries
+constexpr int64_t kBlock = 80;           // keys at most whose weights meet values at once; a prompt has 77
+constexpr int64_t kAhead = 8;            // rows that are asked for before they are read
+constexpr float kNorm = 32700.0f;        // of a query and of a key
+constexpr float kWeight = 13.0f;         // the largest weight as a power of two
+constexpr float kProducts = 262000.0f;   // of a value and the count of its block: times 2^13 and its rounding still below 2^31
 constexpr float kRounder = 12582912.0f;  // 1.5 2^23: a sum with it is rounded to an integer, which its low bits hold
 
 inline Floats converted(__m256i x) { return (Floats)_mm256_cvtepi32_ps(x); }
@@ -46,7 +47,7 @@ inline __m256i add(__m256i sum, __m256i pair, __m256i right) {
   return sum;
 }
 
-// Sums of kCount of six rows and 16 queries, over pairs.
+// Sums of kCount of five rows and 16 queries, over pairs. The loop is not unrolled: GCC 12 would leave its sums in memory.
 template <int kCount>
 class Sums {
  public:
@@ -85,11 +86,11 @@ class Sums {
 struct Sizes {
   int64_t blocks, block, tasks;  // blocks of keys, keys of one, tasks of queries
   int64_t pairs, groups, width;  // pairs and groups of columns; columns in whole registers
-  float value;                   // the largest integer of a value: with kBlock / 2 keys or more, sums over a block stay below 2^31
+  float value;                   // the largest integer of a value
   explicit Sizes(const Shape& s)
-      : blocks(up(s.keys, kBlock)), block(up(up(s.keys, std::max<int64_t>(blocks, 1)), kGroup) * kGroup), tasks(up(s.queries, kQueries)),
+      : blocks(up(s.keys, kBlock)), block(up(up(s.keys, std::max<int64_t>(blocks, 1)), kLeft) * kLeft), tasks(up(s.queries, kQueries)),
         pairs(up(s.width, 2)), groups(up(s.width, kGroup)), width(up(s.width, kLanes) * kLanes),
-        value(std::min(std::floor(262000.0f / static_cast<float>(block)), 32700.0f)) {}
+        value(std::floor(kProducts / static_cast<float>(block))) {}
   int64_t queries() const { return tasks * kQueries * pairs * 2; }
   int64_t keys() const { return blocks * block * pairs * 2; }
   int64_t values() const { return blocks * block / 2 * groups * kLeft; }
@@ -269,7 +270,7 @@ __attribute__((noinline)) void weigh(const float* scores, int64_t keys, const Fl
   }
 }
 
-// Scores of six keys and 16 queries, but for the step of a query, and the largest of each query. A function of its own, as GCC 12 leaves the
+// Scores of five keys and 16 queries, but for the step of a query, and the largest of each query. A function of its own: GCC 12 leaves the
 // sums of a product in memory where there is more around it.
 __attribute__((noinline)) void score(const int16_t* keys, const int16_t* queries, int64_t pairs, const float* steps, float* scores,
                                      Floats* most) {
@@ -280,7 +281,7 @@ __attribute__((noinline)) void score(const int16_t* keys, const int16_t* queries
   });
 }
 
-// Up to six columns of values, times weights; sums [columns, 16].
+// Up to five columns of values, times weights; sums [columns, 16].
 template <int kCount>
 void add_values(const int16_t* values, const int16_t* weights, int64_t pairs, const float* steps, const Floats* shares, float* sums) {
   Sums<kCount>(values, weights, pairs).pass([&](int i, int n, __m256i sum) QDM_INLINE {
@@ -293,7 +294,7 @@ void add_values(const int16_t* values, const int16_t* weights, int64_t pairs, co
 inline void attend_block(const int16_t* queries, const float* query_steps, int64_t block, int64_t keys, const Shape& s, const Sizes& sizes,
                          const Packed& head, const Scratch& own, float* totals, float* sums) {
   constexpr void (*kAdd[])(const int16_t*, const int16_t*, int64_t, const float*, const Floats*, float*) = {
-      add_values<1>, add_values<2>, add_values<3>, add_values<4>, add_values<5>, add_values<kGroup>};
+      add_values<1>, add_values<2>, add_values<3>, add_values<4>, add_values<kGroup>};
   Floats most[2] = {all(-FLT_MAX), all(-FLT_MAX)}, shares[2];
   float* scores = own.scores.get();
   for (int64_t key = 0; key < keys; key += kGroup) {
@@ -307,6 +308,7 @@ inline void attend_block(const int16_t* queries, const float* query_steps, int64
     kAdd[std::min<int64_t>(kGroup, s.width - c) - 1](values, own.weights.get(), up(keys, 2), steps + c, shares, sums + c * kSide);
 }
 
+// Eight registers as a matrix, its rows as columns.
 inline void transpose(Floats* x) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i += 2) {
@@ -413,7 +415,7 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
 
 }  // namespace
 
-// As in attention.cpp, of a kind of its own. Returns 2 = scores may be too large.
+// As in attention.cpp, of a kind of its own. Calls return 2 = scores may be too large.
 extern "C" int qdm_attention_products() { return 2; }
 
 #include "attention_exports.h"
