@@ -77,6 +77,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"sequences below {shortest()}"
     if has_tiles() and q.dtype == torch.bfloat16 and native.products() is not Products.TILES:
         return "torch's own kernel is the one that this CPU's tiles run"
+    if native.products() in _WITHOUT_BF16 and not native.takes(q, k, v, 1.0):
+        return "the compiled loop reads one dtype and heads of up to 1024, and nothing else here beats torch's kernel"
     return "gradients" if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)) else None
 
 

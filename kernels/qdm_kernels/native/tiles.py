@@ -239,12 +239,21 @@ def _call(
 
 
 def _together(packed: Packed, where: dict[str, int]) -> int:
-    """Rows, or tiles of transformed codes, that stay in a cache while the weights pass by."""
+    """Rows, or tiles of transformed codes, that stay in a cache while the weights pass by; parts of about equal size."""
     if packed.transformed:
-        return min(max(LAST_LEVEL // (2 * POINTS * where["channels"]) // 6 * 6, FEWEST), MOST)
-    rows, bytes_ = ROWS[kind() or "amx"], 2 if kind() == "avx2" and not packed.partial else 1
+        lines = -(-where["rows"] // where["line"])
+        tiles = where["images"] * -(-lines // 2) * -(-where["valid"] // 2)
+        return _equal(tiles, max(min(LAST_LEVEL // (2 * POINTS * where["channels"]), MOST), FEWEST), 6)
+    bytes_ = 2 if kind() == "avx2" and not packed.partial else 1
     kept = CACHED if packed.outputs * packed.terms > 1 << 20 or "line" in where else FIRST_LEVEL
-    return max(kept // (bytes_ * where["pitch"]) // rows * rows, rows)
+    return _equal(where["rows"], kept // (bytes_ * where["pitch"]), ROWS[kind() or "amx"])
+
+
+def _equal(count: int, most: int, unit: int) -> int:
+    """The size of a part, a multiple of `unit`, where parts are as large as `most` allows and equal; `most` where one part holds all."""
+    most = max(most // unit, 1) * unit
+    parts = -(-count // most)
+    return most if parts < 2 else -(-count // (parts * unit)) * unit
 
 
 def _shift(packed: Packed, zero_point: int) -> Tensor:
