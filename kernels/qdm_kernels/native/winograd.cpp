@@ -13,6 +13,7 @@ constexpr int kPoints = 16;        // of a transformed tile
 constexpr int64_t kOutputs = 16;   // of a panel of weights: [kPoints][channels / 2][kOutputs][2]
 constexpr int64_t kDepth = 512;    // channels whose weights, 16 KiB, stay in the first-level cache while rows pass by
 constexpr int64_t kGroup = 8;      // panels whose sums are kept together
+constexpr int64_t kApart = 64;     // bytes between points beyond their size, without which all 16 would want one set of a cache
 constexpr int kRows = 6;
 
 // The lines of codes that a row of tiles reads; the next row reads two of them again.
@@ -63,10 +64,9 @@ inline Four narrowed(const Four& x) {
 }
 
 // A' x
-inline void summed(const Ints* x, int64_t step, Ints& first, Ints& second) {
-  const Ints middle = x[step], other = x[2 * step];
-  first = x[0] + middle + other;
-  second = middle - other - x[3 * step];
+inline void summed(Ints x0, Ints x1, Ints x2, Ints x3, Ints& first, Ints& second) {
+  first = x0 + x1 + x2;
+  second = x1 - x2 - x3;
 }
 
 // One tile to points [kPoints][...][channels], `step` apart.
@@ -111,27 +111,41 @@ struct Sizes {
         tiles(p.images * tiles_y * tiles_x) {}
 };
 
-// Outputs of one tile and panel from its sums at all points, `step` apart.
-template <int Kind>
-void finish_tile(const QdmProduct& p, const Sizes& sizes, int64_t tile, const int32_t* points, int64_t step, const Group<kOutputs>& columns,
-                 int64_t n, const Quantizer& coded) {
-  alignas(64) int32_t y[4][kOutputs];
-  for (int64_t at = 0; at < kOutputs; at += kLanes) {
-    Ints x[kPoints], rows[2][4];
-    for (int i = 0; i < kPoints; ++i) x[i] = *reinterpret_cast<const Ints*>(points + i * step + at);
-    for (int i = 0; i < 4; ++i) summed(x + i, 4, rows[0][i], rows[1][i]);
-    for (int i = 0; i < 2; ++i) {
-      Ints left, right;
-      summed(rows[i], 1, left, right);
-      *reinterpret_cast<Ints*>(y[2 * i] + at) = left >> 2;
-      *reinterpret_cast<Ints*>(y[2 * i + 1] + at) = right >> 2;
-    }
-  }
+// Where the outputs of a tile lie.
+struct Corner {
+  int64_t first;        // place of the upper left one among all outputs
+  bool right, below;    // are there others beside it and under it?
+};
+
+inline Corner corner_of(const Sizes& sizes, int64_t tile) {
   const int64_t row = tile / sizes.tiles_x, line = 2 * (row % sizes.tiles_y), column = 2 * (tile % sizes.tiles_x);
   const int64_t first = (row / sizes.tiles_y * sizes.height + line) * sizes.width + column;
-  for (int i = 0; i < 4; ++i)
-    if (line + i / 2 < sizes.height && column + i % 2 < sizes.width)
-      finish<Kind>(p, y[i], columns, first + i / 2 * sizes.width + i % 2, n, coded, nullptr);
+  return {first, column + 1 < sizes.width, line + 1 < sizes.height};
+}
+
+// Outputs of one tile and panel from its sums at all points, `step` apart.
+template <int Kind>
+void finish_tile(const QdmProduct& p, const Corner& corner, int64_t width, const int32_t* points, int64_t step,
+                 const Group<kOutputs>& columns, int64_t n, const Quantizer& coded) {
+  constexpr auto four = std::make_integer_sequence<int, 4>();
+  alignas(64) int32_t y[4][kOutputs];
+  for (int64_t at = 0; at < kOutputs; at += kLanes) {
+    Ints upper[4], lower[4], left, right;
+    each(four, [&](auto i) QDM_INLINE {
+      const auto point = [&](int line) QDM_INLINE { return *reinterpret_cast<const Ints*>(points + (4 * line + i) * step + at); };
+      summed(point(0), point(1), point(2), point(3), upper[i], lower[i]);
+    });
+    const auto put = [&](int i, Ints v) QDM_INLINE { *reinterpret_cast<Ints*>(y[i] + at) = v >> 2; };
+    summed(upper[0], upper[1], upper[2], upper[3], left, right);
+    put(0, left), put(1, right);
+    summed(lower[0], lower[1], lower[2], lower[3], left, right);
+    put(2, left), put(3, right);
+  }
+  const int64_t m = corner.first;
+  finish<Kind>(p, y[0], columns, m, n, coded, nullptr);
+  if (corner.right) finish<Kind>(p, y[1], columns, m + 1, n, coded, nullptr);
+  if (corner.below) finish<Kind>(p, y[2], columns, m + width, n, coded, nullptr);
+  if (corner.right && corner.below) finish<Kind>(p, y[3], columns, m + width + 1, n, coded, nullptr);
 }
 
 // Some tiles for some panels. Points and sums of a chunk of tiles are in the last-level cache, points of one kind in the second-level cache
@@ -140,15 +154,18 @@ template <int Kind>
 void convolve(const QdmProduct& product, Range tiles, Range panels) {
   const QdmProduct p = product;  // of its own, so that no output can be taken for a change of it
   const Sizes sizes(p);
-  const int64_t k = p.channels, step = p.chunk * k, panel_size = kPoints * k * kOutputs, point = p.chunk * kGroup * kOutputs;
+  const int64_t k = p.channels, panel_size = kPoints * k * kOutputs;
+  const int64_t step = p.chunk * k + kApart / 2, point = p.chunk * kGroup * kOutputs + kApart / 4;
   const int64_t points_bytes = kPoints * step * 2, sums_bytes = kPoints * point * 4;
   int8_t* const room = scratch(points_bytes + sums_bytes + Lines::bytes(p, sizes.tiles_x));
   int16_t* const points = reinterpret_cast<int16_t*>(room);
   int32_t* const sums = reinterpret_cast<int32_t*>(room + points_bytes);
   Lines lines(p, sizes.tiles_x, sizes.tiles_y, room + points_bytes + sums_bytes);
   const Quantizer coded({p.inverse, p.zero, 8, p.flip});
+  std::vector<Corner> corners(p.chunk);
   for (int64_t start = tiles.from; start < tiles.to; start += p.chunk) {
     const int64_t count = std::min(p.chunk, tiles.to - start);
+    for (int64_t t = 0; t < count; ++t) corners[t] = corner_of(sizes, start + t);
     for (int64_t t = 0; t < count; ++t)
       transform(lines.of((start + t) / sizes.tiles_x), (start + t) % sizes.tiles_x * 2, k, points + t * k, step);
     for (int64_t first = panels.from; first < panels.to; first += kGroup) {
@@ -167,7 +184,7 @@ void convolve(const QdmProduct& product, Range tiles, Range panels) {
         const Group<kOutputs> columns(p, n);
         const int32_t* const from = sums + (panel - first) * p.chunk * kOutputs;
         for (int64_t t = 0; t < count; ++t)
-          finish_tile<Kind>(p, sizes, start + t, from + t * kOutputs, point, columns, n, coded);
+          finish_tile<Kind>(p, corners[t], sizes.width, from + t * kOutputs, point, columns, n, coded);
       }
     }
   }
