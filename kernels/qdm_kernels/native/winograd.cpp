@@ -1,4 +1,4 @@
-// 3x3 convolutions with 4 products for 9 (Winograd; Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016), in integers.
+// 3x3 convolutions with 4 products for 9 (Winograd; Lavin and Gray, arXiv 1509.09308), in integers (as Meng and Brothers, arXiv 1901.01965).
 //
 // Two by two outputs y of a tile of 4x4 codes d: 4 y = A' [(2 G g 2 G') . (B' d B)] A. B has entries 0, 1 and -1, 2 G has 0, 1, -1 and 2, so
 // that nothing is rounded: codes become 10 bits, weights 12, sums over channels are exact modulo 2^32, and so is 4 y, which fits into int32

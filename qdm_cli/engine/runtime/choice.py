@@ -30,8 +30,8 @@ SMALL_PRODUCT = 64_000_000
 # blocks fused alone, 19, 28, 66 ms at 8 M and with those from 2,048 values on fused too; fp32 14, 34, 114 ms. With AVX512-VNNI alone the
 # builtin W8A8 model takes 15 ms for one image at 64 M and 24 ms at 8 M.
 SMALL_PRODUCT_TILED = 8_000_000
-# The same where AVX2 multiplies 16-bit integers. Builtin W8A8 model, two cores, 1, 4, 16 images: 26.8, 44, 91 ms at 64 M, 24.7, 38, 89 ms at
-# 16 M, 25.7, 38, 94 ms at 8 M; 25.5, 48, 115 ms without those products.
+# The same where AVX2 multiplies 16-bit integers. Builtin W8A8 model, two cores, 1, 4, 16 images: 26.8, 44, 91 ms at 64 M, 24.7, 38, 89 ms
+# at 16 M, 25.7, 38, 94 ms at 8 M; 25.5, 48, 115 ms without those products.
 SMALL_PRODUCT_NARROW = 16_000_000
 BF16_PRODUCT = 8_000_000  # multiply-adds from which a float layer of an fp32 model is worth its casts, where bf16 is native
 FEW_ROWS, MANY_ROWS = 2, 4096  # rows that a GPU layer is chosen for: one per image, or tokens and pixels
