@@ -140,6 +140,22 @@ def test_convolution(draw, shape: tuple[int, ...], kernel: tuple[int, ...], keys
 
 
 @pytest.mark.skipif(tiles.kind() != "avx2", reason="3x3 convolutions are transformed in AVX2 alone")
+@pytest.mark.parametrize("channels", [16, 48, 224])
+def test_few_channels_are_transformed_too(draw, channels: int) -> None:
+    w, (scale, bias) = draw((24, channels, 3, 3)), vectors(24)
+    zero, pad = torch.randint(-60, 60, (24,), dtype=torch.int32), {"padding": (1, 1)}
+    layers = [conv2d_op.prepare(w, scale, zero, bias, **pad, backend=name) for name in ("cpu", "reference")]
+    assert layers[0].strategy == tiles.WINOGRAD
+    x = draw((2, channels, 9, 13)).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(*(conv2d_op.conv2d(x, torch.tensor(0.1), torch.tensor(-9), layer) for layer in layers))
+    floats, grid = torch.randn(x.shape).contiguous(memory_format=torch.channels_last), Grid(1 / 0.05, 9)
+    affine, codes = producers_native.group_affine(floats, 4, None, None, None, 1e-5), torch.empty_like(x)
+    producers_native.affine_codes(floats, affine, None, True, codes, grid)
+    want = conv2d_op.conv2d(codes, torch.tensor(1.0), torch.tensor(9), layers[0])
+    assert torch.equal(conv2d_cpu.from_floats(floats, tiles.Source(grid, affine, True, None), scale, bias, layers[0].state), want)
+
+
+@pytest.mark.skipif(tiles.kind() != "avx2", reason="3x3 convolutions are transformed in AVX2 alone")
 def test_transformed_extremes() -> None:
     for code, zero in ((-128, 127), (127, -128)):
         w = torch.full((5, 64, 3, 3), code, dtype=torch.int8)

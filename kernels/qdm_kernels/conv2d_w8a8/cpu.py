@@ -111,11 +111,13 @@ def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Tile
 
 def _prepare_tiled(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) -> Tiled | None:
     """The layer in tiles; None where this CPU or the layer has none."""
-    if geometry.groups > 1 or codes.shape[1] % tiles.STEP or tiles.why_not():
+    if geometry.groups > 1 or tiles.why_not():
         return None
     kernel = codes.shape[2], codes.shape[3]
     if kernel == (3, 3) and geometry.stride == geometry.dilation == (1, 1) and tiles.transforms(codes, zero_point):
         return Tiled(tiles.transform(codes, zero_point), kernel, geometry, tiles.WINOGRAD)
+    if codes.shape[1] % tiles.STEP:
+        return None
     packed = linear.tiled_weight(codes.permute(0, 2, 3, 1).flatten(1), zero_point)
     return None if packed is None else Tiled(packed, kernel, geometry, cast(str, tiles.kind()))
 

@@ -46,7 +46,7 @@ class PreparedConv2d(Prepared):
 
     @property
     def strategy(self) -> str:
-        """`triton`, `amx`, `onednn`, `fp32` or `float64`."""
+        """`triton`, `amx`, `vnni`, `avx2`, `winograd`, `onednn`, `fp32` or `float64`."""
         return self.state.strategy
 
     @property

@@ -42,7 +42,7 @@ class PreparedLinear(Prepared):
 
     @property
     def strategy(self) -> str:
-        """`triton`, `amx`, `onednn`, `fp32` or `float64`."""
+        """`triton`, `amx`, `vnni`, `avx2`, `onednn`, `fp32` or `float64`."""
         return self.state.strategy
 
     @property

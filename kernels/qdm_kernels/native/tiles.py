@@ -24,8 +24,9 @@ _CAPS = {"amx": ("AMX", "DEFAULT", "ALL"), "vnni": _AVX512, "avx2": (*_AVX512, "
 SIDE, STEP = 32, 64  # rows and outputs of a block; codes that one tile instruction sums
 ROWS = {"amx": SIDE, "vnni": SIDE, "avx2": 48}  # of a block
 CACHED, FIRST_LEVEL = 1_250_000, 32_768  # bytes of codes that stay while weights pass by: in the second-level cache, in the first
-LAST_LEVEL = 4_000_000  # bytes of transformed codes
-POINTS, FEWEST, MOST = 16, 24, 48  # of a transformed tile of 4x4 codes; tiles whose points are made together
+LAST_LEVEL = 4_000_000  # bytes of transformed codes that stay, in the last-level cache
+FOLD = 16  # channels of an image that are transformed at a time
+POINTS, FEWEST, MOST = 16, 24, 48  # of a transformed tile of 4x4 codes; tiles that are transformed together
 SMALLEST = 4_000_000  # multiply-adds below which a second thread costs more than it saves
 _KINDS, _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}, 3
 _SOURCES = {torch.int8: 0, torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2}
@@ -127,9 +128,14 @@ def _partial(most: int) -> int:
     return next((fours for fours in (8, 4) if fours * 2 * 255 * most < 1 << 15), 0)
 
 
+def takes_image(channels: int) -> bool:
+    """Are 3x3 convolutions of stride 1 and dilation 1 over so many channels transformed here, if their weights allow it?"""
+    return channels > 0 and channels % FOLD == 0 and kind() == "avx2" and library(WINOGRAD) is not None
+
+
 def transforms(codes: Tensor, zero_point: Tensor) -> bool:
     """Is a 3x3 convolution of stride 1 with weights [O, I, 3, 3] one for `winograd.cpp`? Four times its sums must fit into int32."""
-    if kind() != "avx2" or library(WINOGRAD) is None or not codes.numel() or codes.shape[1] % STEP:
+    if not codes.numel() or not takes_image(codes.shape[1]):
         return False
     largest = codes[0].numel() * max(map(abs, centred_range(codes, zero_point)))
     if 4 * 128 * largest >= 1 << 31:
@@ -138,13 +144,11 @@ def transforms(codes: Tensor, zero_point: Tensor) -> bool:
 
 
 def transform(codes: Tensor, zero_point: Tensor) -> Packed:
-    """int8 [O, I, 3, 3] minus zero points [O] as 2 G g 2 G', I a multiple of 64: int16 [O / 16, 16 points, I / 2, 16 outputs of 2]."""
+    """int8 [O, I, 3, 3] minus zero points [O] as 2 G g 2 G', I a multiple of 16: int16 [O / 16, 16 points, I / 2, 16 outputs of 2]."""
     filters, channels = codes.shape[:2]
     codes, zero = codes.contiguous(), zero_point.to(torch.int32).contiguous()
-    points, sums = (
-        torch.empty((-(-filters // 16), POINTS, channels // 2, 16, 2), dtype=torch.int16),
-        torch.empty(filters, dtype=torch.int32),
-    )
+    points = torch.empty((-(-filters // 16), POINTS, channels // 2, 16, 2), dtype=torch.int16)
+    sums = torch.empty(filters, dtype=torch.int32)
     at = codes.data_ptr(), zero.data_ptr(), filters, channels, points.data_ptr(), sums.data_ptr()
     _packing().qdm_pack_points(*at, torch.get_num_threads())
     return Packed(points, sums, filters, 9 * channels, transformed=True)

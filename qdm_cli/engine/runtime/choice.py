@@ -102,7 +102,9 @@ class Case:
     @property
     def inexact(self) -> str | None:
         """Why no product here holds these weights; oneDNN also takes their zero point off afterwards. None = one does."""
-        if self.spec.groups == 1 and tiles.takes(self.spec.outputs, self.spec.inputs):
+        s = self.spec
+        transformed = s.kernel == (3, 3) and s.stride == s.dilation == (1, 1) and tiles.takes_image(s.inputs)
+        if s.groups == 1 and (transformed or tiles.takes(s.outputs, s.inputs)):
             return None
         reason = backend.why_not("onednn", self.op, weight_range=self.centred)
         return reason and backend.why_not("onednn", self.op, weight_range=self.codes)
