@@ -1,6 +1,6 @@
 """Compile `NAME.cpp` beside this file for this CPU, once, and load it: plain C functions on pointers, no headers of torch.
 
-A library takes a second or two to compile and lies in `~/.cache/qdm/native` afterwards, keyed by all that went into it. `QDM_NATIVE=0`
+A library takes one to nine seconds to compile and lies in `~/.cache/qdm/native` afterwards, keyed by all that went into it. `QDM_NATIVE=0`
 turns all of it off, `QDM_NATIVE_CACHE` moves the folder, `CXX` picks the compiler, `QDM_NATIVE_ARCH` the instruction sets (g++'s -march=,
 `native` without it): x86-64-v3 keeps to AVX2, skylake-avx512 to AVX512 without VNNI.
 """
