@@ -34,8 +34,12 @@ hypothesis.settings.register_profile("qdm", deadline=None, derandomize="CI" in o
 hypothesis.settings.load_profile("qdm")
 
 
+LONGEST = ("test_resume.py", "test_pipes.py")  # files that take minutes: begun last, they would leave all but one worker idle
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests where there is no CUDA device; torch is imported only when there is such a test."""
+    """Longest files first. Skips `gpu` tests where there is no CUDA device; torch is imported only when there is such a test."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
         return

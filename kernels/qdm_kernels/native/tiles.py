@@ -183,7 +183,7 @@ def product(
     scale, bias: float32 [N]; row_scale: [M], a factor of scale; residual: as out.
     With a grid the weight is gated, and int8 or uint8 out [M, N / 2] takes the codes of value * gelu(gate) * gain.
     """
-    rows = len(x)
+    rows, x = len(x), x.contiguous()  # windows of a stride may be a view that skips pixels
     if rows < SIDE and kind() == "amx":
         spare = SIDE - rows
         x, own = F.pad(x, (0, 0, 0, spare)), None if row_scale is None else F.pad(row_scale.reshape(-1), (0, spare))
