@@ -97,6 +97,7 @@ def test_every_refusal_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "products", lambda: Products.NARROW)
     assert op.why_not(long, long[:, :, :77], long[:, :, :77]) is None
     assert "below 77" in (op.why_not(long, long[:, :, :64], long[:, :, :64]) or "")
+    assert "one dtype" in (op.why_not(long, long.bfloat16(), long.bfloat16()) or "")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from qdm_kernels.linear_w8a8 import op as linear_op
 from qdm_kernels.native import producers as producers_native
 from qdm_kernels.native import tiles
 from qdm_kernels.native.producers import Grid
+from qdm_kernels.onednn import to_unsigned
 from qdm_kernels.quantize import reference
 
 pytestmark = pytest.mark.skipif(tiles.why_not() is not None, reason=str(tiles.why_not()))
@@ -128,6 +129,10 @@ def test_convolution(draw, shape: tuple[int, ...], kernel: tuple[int, ...], keys
     for z in (torch.tensor(0), torch.tensor(-77)):
         sums = [conv2d_op.accumulate(x, z, layer) for layer in layers]
         assert torch.equal(*sums)
+        if layers[0].reads_unsigned:
+            assert torch.equal(
+                conv2d_op.conv2d(to_unsigned(x), torch.tensor(0.3), z, layers[0]), conv2d_op.conv2d(x, torch.tensor(0.3), z, layers[1])
+            )
         for x_scale in (torch.tensor(0.3), images):
             assert torch.equal(*(conv2d_op.conv2d(x, x_scale, z, layer) for layer in layers))
         more = torch.randn(sums[0].shape)
@@ -177,6 +182,10 @@ def test_weights_too_large_to_be_transformed() -> None:
     assert layers[0].strategy == "avx2"
     x = torch.full((1, 3712, 8, 8), -128, dtype=torch.int8)
     assert torch.equal(*(conv2d_op.accumulate(x, torch.tensor(0), layer) for layer in layers))
+
+
+def test_parts_are_equal() -> None:
+    assert [tiles._equal(count, 488, 48) for count in (30, 480, 481, 512, 2048)] == [480, 480, 288, 288, 432]
 
 
 def test_what_tiles_do_not_take(draw) -> None:

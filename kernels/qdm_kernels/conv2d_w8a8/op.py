@@ -17,7 +17,7 @@ from qdm_kernels import backend as _backend
 from qdm_kernels.epilogue.reference import Epilogue, finish
 from qdm_kernels.exact import check_int32
 from qdm_kernels.geometry import Conv2dGeometry, Pair
-from qdm_kernels.native.tiles import KINDS
+from qdm_kernels.native.tiles import STRATEGIES
 from qdm_kernels.prepared import Prepared, check_activation, check_place, check_weight, flatten, integer_op, unflatten
 from qdm_kernels.quantize.reference import pick
 
@@ -163,10 +163,10 @@ def run(
         return home.conv2d(x, x_scale.float(), x_zero_point, w_scale, bias, state, end)
     s, z = pick(x_scale, end.step).float(), pick(x_zero_point, end.step)
     scale = s.reshape(()) if s.numel() == 1 else s
-    if state.strategy in KINDS and end.residual is not None and end.only_adds:
+    if state.strategy in STRATEGIES and end.residual is not None and end.only_adds:
         residual = end.residual.contiguous(memory_format=torch.channels_last)
         return home.conv2d(x, scale, z, w_scale, bias, state, end.out_dtype, residual)
-    direct = (end.out_dtype,) if state.strategy in (*KINDS, "onednn") and end.only_casts else ()
+    direct = (end.out_dtype,) if state.strategy in (*STRATEGIES, "onednn") and end.only_casts else ()
     y = home.conv2d(x, scale, z, w_scale, bias, state, *direct)
     return finish(y, end).contiguous(memory_format=torch.channels_last)
 
