@@ -22,7 +22,7 @@ _ATTENTION = "(tiles or vectors) and not torchs and (not threads or agree)"
 _VNNI_ATTENTION = "(shorts or floats or fixed_point or float32_serves) and not torchs and not threads"
 _VNNI_PRODUCTS = "(small and not onednn and not transformed and not (4101 and weights)) or gelu_is or not_numbers or every_code"
 _HERE = pytest.mark.skipif(has_vnni(), reason="AVX512-VNNI itself is here")
-# Attention has not changed with the products, and emulating all of AVX512 for it takes a minute and a half.
+# Emulating all of AVX512 for attention takes a minute and a half.
 _ALL = pytest.mark.skipif(not has_vnni() and os.environ.get("QDM_EMULATE_ALL") != "1", reason="QDM_EMULATE_ALL=1 runs it here")
 CASES = [
     pytest.param("amx", (TILES,), _PRODUCTS, id="amx-products"),
