@@ -63,8 +63,10 @@ inline Four narrowed(const Four& x) {
           _mm256_sub_epi16(x.of[1], x.of[3])};
 }
 
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));  // sums modulo 2^32: signed ones must not wrap
+
 // A' x
-inline void summed(Ints x0, Ints x1, Ints x2, Ints x3, Ints& first, Ints& second) {
+inline void summed(Words x0, Words x1, Words x2, Words x3, Words& first, Words& second) {
   first = x0 + x1 + x2;
   second = x1 - x2 - x3;
 }
@@ -130,12 +132,12 @@ void finish_tile(const QdmProduct& p, const Corner& corner, int64_t width, const
   constexpr auto four = std::make_integer_sequence<int, 4>();
   alignas(64) int32_t y[4][kOutputs];
   for (int64_t at = 0; at < kOutputs; at += kLanes) {
-    Ints upper[4], lower[4], left, right;
+    Words upper[4], lower[4], left, right;
     each(four, [&](auto i) QDM_INLINE {
-      const auto point = [&](int line) QDM_INLINE { return *reinterpret_cast<const Ints*>(points + (4 * line + i) * step + at); };
+      const auto point = [&](int line) QDM_INLINE { return (Words) *reinterpret_cast<const Ints*>(points + (4 * line + i) * step + at); };
       summed(point(0), point(1), point(2), point(3), upper[i], lower[i]);
     });
-    const auto put = [&](int i, Ints v) QDM_INLINE { *reinterpret_cast<Ints*>(y[i] + at) = v >> 2; };
+    const auto put = [&](int i, Words v) QDM_INLINE { *reinterpret_cast<Ints*>(y[i] + at) = (Ints)v >> 2; };
     summed(upper[0], upper[1], upper[2], upper[3], left, right);
     put(0, left), put(1, right);
     summed(lower[0], lower[1], lower[2], lower[3], left, right);
