@@ -114,7 +114,7 @@ def _prepare_tiled(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry) 
     if geometry.groups > 1 or tiles.why_not():
         return None
     kernel = codes.shape[2], codes.shape[3]
-    if kernel == (3, 3) and geometry.stride == geometry.dilation == (1, 1) and tiles.transforms(codes, zero_point):
+    if tiles.takes_image(codes.shape[1], kernel, geometry.stride, geometry.dilation) and tiles.transforms(codes, zero_point):
         return Tiled(tiles.transform(codes, zero_point), kernel, geometry, tiles.WINOGRAD)
     if codes.shape[1] % tiles.STEP:
         return None

@@ -128,14 +128,15 @@ def _partial(most: int) -> int:
     return next((fours for fours in (8, 4) if fours * 2 * 255 * most < 1 << 15), 0)
 
 
-def takes_image(channels: int) -> bool:
-    """Are 3x3 convolutions of stride 1 and dilation 1 over so many channels transformed here, if their weights allow it?"""
-    return channels > 0 and channels % FOLD == 0 and kind() == "avx2" and library(WINOGRAD) is not None
+def takes_image(channels: int, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Is a convolution of this kind transformed here, if its weights allow it?"""
+    fits = kernel == (3, 3) and stride == dilation == (1, 1) and channels > 0 and channels % FOLD == 0
+    return fits and kind() == "avx2" and library(WINOGRAD) is not None
 
 
 def transforms(codes: Tensor, zero_point: Tensor) -> bool:
-    """Is a 3x3 convolution of stride 1 with weights [O, I, 3, 3] one for `winograd.cpp`? Four times its sums must fit into int32."""
-    if not codes.numel() or not takes_image(codes.shape[1]):
+    """Do weights [O, I, 3, 3] allow it? Four times their sums must fit into int32."""
+    if not codes.numel():
         return False
     largest = codes[0].numel() * max(map(abs, centred_range(codes, zero_point)))
     if 4 * 128 * largest >= 1 << 31:

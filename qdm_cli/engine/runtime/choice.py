@@ -103,8 +103,7 @@ class Case:
     def inexact(self) -> str | None:
         """Why no product here holds these weights; oneDNN also takes their zero point off afterwards. None = one does."""
         s = self.spec
-        transformed = s.kernel == (3, 3) and s.stride == s.dilation == (1, 1) and tiles.takes_image(s.inputs)
-        if s.groups == 1 and (transformed or tiles.takes(s.outputs, s.inputs)):
+        if s.groups == 1 and (tiles.takes_image(s.inputs, s.kernel, s.stride, s.dilation) or tiles.takes(s.outputs, s.inputs)):
             return None
         reason = backend.why_not("onednn", self.op, weight_range=self.centred)
         return reason and backend.why_not("onednn", self.op, weight_range=self.codes)
