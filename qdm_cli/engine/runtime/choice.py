@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from torch import Tensor
 
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_kernels import backend
+from qdm_kernels.exact import centred_range, value_range
+from qdm_kernels.layout import unpack_weight
 from qdm_kernels.native import tiles
 
 Mode = Literal["auto", "exact"]
@@ -200,6 +203,13 @@ def default_mode(named: str | None = None) -> Mode:
     if mode not in MODES:
         raise ValueError(f"mode is auto or exact, got {mode!r}")
     return mode
+
+
+def code_ranges(stored: Tensor, zero_point: Tensor | None, spec: LayerSpec) -> tuple[Range, Range]:
+    """(codes, centred) of a stored weight; zero_point: one per output, or per output and group."""
+    flat = unpack_weight(stored, spec.bits_w, (spec.outputs, spec.terms))
+    codes = value_range(flat)
+    return codes, codes if zero_point is None else centred_range(flat.view(zero_point.numel(), -1), zero_point.flatten())
 
 
 def widest_codes(spec: LayerSpec) -> tuple[Range, Range]:

@@ -12,12 +12,11 @@ from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.quant.grid import IntGrid, PerChannel, PerGroup, broadcast, centred_codes
 from qdm_cli.engine.quant.modules import dynamic_qparams, per_input
 from qdm_cli.engine.runtime import gpu
-from qdm_cli.engine.runtime.choice import BF16_PRODUCT, Case, Choice, Machine, Mode, choose, say_once
+from qdm_cli.engine.runtime.choice import BF16_PRODUCT, Case, Choice, Machine, Mode, choose, code_ranges, say_once
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_cli.engine.runtime.reuse import PerPrompt, SharedInput
 from qdm_kernels.attention.op import why_not_cpu as why_not_bf16
 from qdm_kernels.conv2d_w8a8 import cpu as conv2d_cpu
-from qdm_kernels.exact import centred_range, value_range
 from qdm_kernels.layout import unpack_weight
 from qdm_kernels.linear_w8a8 import cpu as linear_cpu
 from qdm_kernels.native import producers, tiles
@@ -108,7 +107,12 @@ class PackedLayer(nn.Module):
             return self.form.choice
         bucket = (x.device.type, self._rows(x).bit_length())
         if bucket not in self._choices:
-            case = Case(self.spec, 1 << bucket[1], Machine.of(x.device, self.op), *self._ranges())
+            case = Case(
+                self.spec,
+                1 << bucket[1],
+                Machine.of(x.device, self.op),
+                *code_ranges(self.weight, self._buffers["weight_zero_point"], self.spec),
+            )
             self._choices[bucket] = choose(case, self.mode)
             if self._choices[bucket].kernel == "float":
                 say_once(self._choices[bucket])
@@ -139,12 +143,6 @@ class PackedLayer(nn.Module):
         outputs, inputs, *kernel = spec.weight_shape
         # clone, not contiguous(): a 1x1 kernel would keep strides that make convolutions choose channels_last
         return flat.view(outputs, *kernel, inputs).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-
-    def _ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Lowest and highest of the codes, and of the codes minus their zero points."""
-        flat, zero = unpack_weight(self.weight, self.spec.bits_w, (self.spec.outputs, self.spec.terms)), self._buffers["weight_zero_point"]
-        codes = value_range(flat)
-        return codes, codes if zero is None else centred_range(flat.view(zero.numel(), -1), zero.flatten())
 
     def centred_weight(self) -> Tensor:
         """codes - zero point as f32, the weight's own shape."""
