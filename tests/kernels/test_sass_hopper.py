@@ -54,6 +54,20 @@ def test_convolution(bits: int) -> None:
     assert launches[0].code.count("UTMALDG") >= 2
 
 
+@pytest.mark.parametrize("shape", [(1, 64, 1, 1), (3, 64, 1, 1), (1, 64, 1, 7), (2, 64, 5, 1)], ids=str)
+def test_axes_of_one_entry_have_strides_of_any_size(shape: tuple[int, ...]) -> None:
+    """An image of one pixel is channels last with strides of 1, which the copy engine refuses; so are rows cut out of more."""
+    tile, no_zeros = next(t for t in TMA_TILES if t.bk == 64), torch.zeros(64, dtype=torch.int32)
+    state = conv.prepare(torch.zeros((64, 64, 3, 3), dtype=torch.int8), no_zeros, Conv2dGeometry(padding=(1, 1)))
+    matrix = linear.prepare(torch.zeros((64, 64), dtype=torch.int8), no_zeros)
+    x = torch.zeros(shape, dtype=torch.int8)
+    with recorded(90, hopper.conv2d_kernel, hopper.linear_kernel) as launches:
+        for one in (x, x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], 1)[:, :64]):
+            conv.launch(one, ZERO, state, torch.int32, plan=Plan(tile))
+        linear.launch(torch.zeros(65, dtype=torch.int8)[:64].as_strided((1, 64), (7, 1)), ZERO, matrix, torch.int32, plan=Plan(tile))
+    assert [launch.kernel for launch in launches] == ["conv2d_kernel"] * 3 + ["linear_kernel"]
+
+
 @pytest.mark.parametrize("size", [(2, 64, 64), (2, 8, 8), (1, 24, 24), (3, 13, 20), (1, 1, 1)])
 @pytest.mark.parametrize("rows", [64, 128, 256])
 def test_boxes(rows: int, size: tuple[int, int, int]) -> None:

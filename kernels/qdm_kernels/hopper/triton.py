@@ -304,7 +304,7 @@ def run_conv2d(
 ) -> None:  # fmt: skip
     """Launch `conv2d_kernel`; arguments as the general kernel has them (`conv2d_w8a8.triton`); size: OH, OW."""
     tile, splits, g, bits = plan.tile, plan.splits, geometry, _bits(weight)
-    (b, h, w, _), (n, kh, kw, width) = x.shape, weight.shape
+    (b, h, w, c), (n, kh, kw, width) = x.shape, weight.shape
     box = box_of(tile.bm, (b, *size))
     boxes = cdiv(b, box[0]) * cdiv(size[0], box[1]) * cdiv(size[1], box[2])
     blocks = width * 8 // bits // tile.bk
@@ -312,7 +312,7 @@ def run_conv2d(
         kh, kw, *g.stride, *g.padding, *g.dilation, *flags, bits, work is not None, *box, tile.bm, tile.bn, tile.bk, tile.stages,
         tile.warps, GROUP_M, _layout(tile.bk, 2), overlaps(x.device),
     )  # fmt: skip
-    pixels = TensorDescriptor(x, list(x.shape), list(x.stride()), [*box, tile.bk], _layout(tile.bk, 4))
+    pixels = TensorDescriptor(x, [b, h, w, c], [h * w * c, w * c, c, 1], [*box, tile.bk], _layout(tile.bk, 4))
     launch(
         conv2d_kernel, (boxes * cdiv(n, tile.bn), splits, 1),
         ("conv2d tma", x.device.index, constants, kind, tile, n % 16 == 0, n == 1),
@@ -331,8 +331,8 @@ def _options(tile: Tile) -> dict[str, Any]:
 
 
 def _rows(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Tiles of a matrix."""
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns], _layout(columns, 2))
+    """Tiles of a contiguous matrix. torch leaves any stride to an axis of one entry, the copy engine wants multiples of 16 bytes."""
+    return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], [rows, columns], _layout(columns, 2))
 
 
 def _layout(width: int, rank: int) -> gl.NVMMASharedLayout:
