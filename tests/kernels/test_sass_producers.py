@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="pip install 'qdm[dev]' brings triton on Linux")
 
 from sass import CAPABILITIES, compile_for
 
+from qdm_kernels.gelu_quantize import triton as gelu
 from qdm_kernels.gelu_quantize.triton import gelu_kernel
+from qdm_kernels.group_norm_quantize import triton as group_norm
 from qdm_kernels.group_norm_quantize.triton import apply_kernel, moments_kernel
+from qdm_kernels.layer_norm_quantize import triton as layer_norm
 from qdm_kernels.layer_norm_quantize.triton import layer_norm_kernel
+from qdm_kernels.quantize import triton as quantize
 
 SCALES = {"scale_ptr": "*fp32", "zero_ptr": "*i32", "step_ptr": "*i32", "out_ptr": "*i8", "x_ptr": "*bf16", "gain_ptr": "*fp32"}
 CODES = {"TABLES": 3, "LOW": -128, "HIGH": 127, "HAS_GAIN": True, "GAIN_TABLE": True}
@@ -46,3 +51,24 @@ def test_producers(name: str, capability: int) -> None:
     if "out_ptr" in types:
         assert code.count(r"\bSTG\.E\.128\b") > 0
         assert code.count(r"\bSTG\.E\.U8\b") == 0
+
+
+def test_counts_of_one() -> None:
+    """A size of 1 is a constant to triton, unless a kernel says otherwise: one pixel, one group, one row, one entry."""
+    from launches import recorded
+
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    norms = group_norm.moments_kernel, group_norm.apply_kernel
+    with recorded(
+        90, *norms, layer_norm.layer_norm_kernel, gelu.gelu_kernel, quantize.quantize_kernel, quantize.per_token_kernel
+    ) as launches:
+        for shape, groups in (((1, 32, 1, 1), 32), ((1, 32, 1, 1), 1), ((1, 1, 1, 1), 1), ((2, 32, 5, 3), 1), ((1, 32, 40, 40), 4)):
+            group_norm.normalize_quantize(torch.zeros(shape), groups, None, None, None, 1e-5, "silu", one, zero, None, 8)
+        layer_norm.normalize_quantize(torch.zeros(1, 1), None, None, [one[None], one[None]], one, 1e-5, one, zero, None, 8)
+        layer_norm.normalize_quantize(torch.zeros(1, 1), None, None, [], None, 1e-5, None, None, None, 8)
+        for gated in (False, True):
+            gelu.activate_quantize(torch.zeros(1, 1 + gated), gated, "none", one, one, zero, None, 8)
+            gelu.activate_quantize(torch.zeros(1, 1 + gated), gated, "none", None, None, None, None, 8)
+        quantize.quantize(torch.zeros(1), one, zero, 8, None)
+        quantize.quantize_per_token(torch.zeros(1, 1), 8)
+    assert len(launches) == 18

@@ -16,9 +16,10 @@ from qdm_kernels.producer import plain_floats, tables_of
 _PIXELS, _CHANNELS = 32, 128  # tile of the second kernel
 _MOST_SEGMENTS = 16
 _SEGMENT = 128  # least pixels of a segment
+_COUNTS = ["PIXELS", "GROUPS", "SEGMENT", "SEGMENTS"]  # a count of 1 would be no tensor, whose casts are none either
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def moments_kernel(
     x_ptr, mean_ptr, m2_ptr, PIXELS, C, GROUPS, SEGMENT, SEGMENTS,
     WIDTH: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, OVERLAP: tl.constexpr,
@@ -49,7 +50,7 @@ def moments_kernel(
     tl.store(m2_ptr + at, m2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def apply_kernel(
     x_ptr, mean_ptr, m2_ptr, weight_ptr, bias_ptr, gain_ptr, scale_ptr, zero_ptr, step_ptr, out_ptr, PIXELS, C, GROUPS, SEGMENT,
     SEGMENTS, EPS,
@@ -109,7 +110,7 @@ def normalize_quantize(
     overlap = overlaps(x.device)
     tile = (width, max(1, min(128, 4096 // columns)), columns, overlap)
     launch(
-        moments_kernel, (b * groups, segments, 1), ("moments", x.device.index, variant(x, mean, m2, *sizes), tile),
+        moments_kernel, (b * groups, segments, 1), ("moments", x.device.index, variant(x, mean, m2, c), tile),
         (x, mean, m2, *sizes, *tile), {"num_warps": 4, "launch_pdl": overlap},
     )  # fmt: skip
     tensors = (x, mean, m2, weight, bias, gain, scale, zero_point, step, out)
@@ -119,7 +120,7 @@ def normalize_quantize(
         triton.next_power_of_2(groups), _PIXELS, _CHANNELS, overlap,
     )  # fmt: skip
     launch(
-        apply_kernel, (cdiv(pixels, _PIXELS), cdiv(c, _CHANNELS), b), ("apply", x.device.index, variant(*tensors, *sizes), constants),
+        apply_kernel, (cdiv(pixels, _PIXELS), cdiv(c, _CHANNELS), b), ("apply", x.device.index, variant(*tensors, c), constants),
         (*tensors, *sizes, eps, *constants), {"num_warps": 4, "launch_pdl": overlap},
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)
