@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.models.tiny import tiny_denoiser
@@ -45,7 +46,7 @@ def inputs(denoiser: nn.Module, device: str, dtype: torch.dtype = torch.float32,
     torch.manual_seed(1)
     call = example_inputs(denoiser, CallShape(batch, batch, (side, side)), "cpu", dtype)
     call["timestep"] = torch.full((batch,), 390.0)
-    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in call.items()}
+    return tree_map_only(torch.Tensor, lambda value: value.to(device), call)
 
 
 def answer(model: Callable[..., Any], call: dict[str, Any]) -> torch.Tensor:
