@@ -5,6 +5,7 @@ M = B * H' * W' output pixels, N = filters, K = taps x input channels. The loop 
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import import_module
 from itertools import combinations
 from typing import Any
@@ -20,11 +21,22 @@ from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.epilogue.triton import pick, store
 from qdm_kernels.exact import subtract_zero_point, value_range
 from qdm_kernels.gemm.tiles import Plan, aligned, cdiv
-from qdm_kernels.gemm.triton import COMPILED, follow, multiply, overlaps, plane_offsets, tile_of, unpack_high, unpack_low
-from qdm_kernels.gemm.triton import launch as run
-from qdm_kernels.geometry import Conv2dGeometry
+from qdm_kernels.gemm.triton import (
+    COMPILED,
+    Call,
+    Product,
+    Ready,
+    follow,
+    multiply,
+    overlaps,
+    plane_offsets,
+    tile_of,
+    unpack_high,
+    unpack_low,
+)  # fmt: skip
+from qdm_kernels.geometry import Conv2dGeometry, Pair
 from qdm_kernels.layout import pack_int4, padded_length
-from qdm_kernels.linear_w8a8.triton import SCALARS, finishing
+from qdm_kernels.linear_w8a8.triton import SCALARS, finishing, options_of
 
 
 @triton.jit
@@ -208,6 +220,21 @@ class State:
     strategy: str = "triton"
     reason: str | None = None
 
+    @cached_property
+    def kernel(self) -> Pair:
+        """Its sides."""
+        return self.weight.shape[1], self.weight.shape[2]
+
+    @cached_property
+    def outputs(self) -> int:
+        """N."""
+        return self.weight.shape[0] - (self.centre is not None)
+
+    @cached_property
+    def ready(self) -> Ready[Product]:
+        """Launches for the sizes that were met."""
+        return Ready()
+
 
 def why_not(channels: int, geometry: Conv2dGeometry) -> str | None:
     """Why this kernel does not take a layer; None = it does. channels: of the input."""
@@ -258,50 +285,58 @@ def launch(
 ) -> Tensor:  # fmt: skip
     """Run the kernels; dtype int32 = corrected sums. plan: None = chosen by `tiles`."""
     b, _, h, w = x.shape
-    f, kh, kw, row = state.weight.shape
-    bits, centre, device, g = 4 if state.weight.dtype == torch.uint8 else 8, state.centre is not None, x.device, state.geometry
-    n, (oh, ow) = f - centre, g.output_size((h, w), (kh, kw))
-    m = b * oh * ow
-    out = torch.empty((b, oh, ow, n), dtype=dtype, device=device)
+    weight, size = state.weight, state.geometry.output_size((h, w), state.kernel)
+    out = torch.empty((b, *size, state.outputs), dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out.permute(0, 3, 1, 2)
     x = aligned(x.permute(0, 2, 3, 1))
-    channels = row * 8 // bits
-    plan = plan or choose_conv_plan(f"conv2d_w{bits}a8", m, f, kh * kw, channels, device, dense=g.stride == (1, 1))
-    tile, splits = plan.tile, plan.splits
-    end = end if end.residual is None else replace(end, residual=end.residual.permute(0, 2, 3, 1))
-    wide = max(x.numel(), out.numel(), state.weight.numel()) >= 1 << 31
-    pointers, flags, kind = finishing(out, wide, zero_point, x_scale, w_scale, bias, end, state.sums)
-    split = splits > 1 or centre
-    work = torch.empty((splits, m, f), dtype=torch.int32, device=device) if split else None
-    shape = (kh, kw, *g.stride, *g.padding, *g.dilation)
-    if tile.tma:
-        import_module("qdm_kernels.hopper.triton").run_conv2d(x, state.weight, work, pointers, flags, kind, plan, g, (oh, ow))
-    else:
-        _multiply(x, state.weight, work, pointers, flags, kind, plan, shape, (oh, ow))
-    if split:
-        constants = (*shape, *flags, centre, 32, 64, overlaps(device))
-        run(
-            finish_kernel, (cdiv(m, 32), cdiv(n, 64), 1),
-            ("conv2d finish", device.index, constants, kind, n % 16 == 0, n == 1, f % 16 == 0, f == 1),
-            (work, state.centre, *pointers, m, n, f, h, w, oh, ow, splits, *constants), {"num_warps": 4, "launch_pdl": overlaps(device)},
-        )  # fmt: skip
+    if end.residual is not None:
+        end = replace(end, residual=end.residual.permute(0, 2, 3, 1))
+    pointers, kind = finishing(out, zero_point, x_scale, w_scale, bias, end, state.sums)
+    key = (b, h, w, plan, end.activation, kind)
+    ready = state.ready.get(key)
+    if ready is None:
+        ready = state.ready.keep(key, _ready(x, state, size, pointers, kind, end.activation, plan))
+    ready(x, weight, state.centre, pointers)
     return out.permute(0, 3, 1, 2)
 
 
+def _ready(
+    x: Tensor, state: State, size: Pair, pointers: tuple[Tensor | None, ...], kind: tuple[Any, ...], activation: str, plan: Plan | None
+) -> Product:
+    """What `launch` launches for x [B, H, W, C]; size: OH, OW."""
+    device, g, centre = x.device, state.geometry, state.centre is not None
+    (b, h, w, _), (f, kh, kw, row) = x.shape, state.weight.shape
+    n, m, bits = state.outputs, b * size[0] * size[1], 4 if state.weight.dtype == torch.uint8 else 8
+    plan = plan or choose_conv_plan(f"conv2d_w{bits}a8", m, f, kh * kw, row * 8 // bits, device, dense=g.stride == (1, 1))
+    wide = max(x.numel(), m * n, state.weight.numel()) >= 1 << 31
+    flags, split, finish = (wide, *options_of(pointers, activation)), plan.splits > 1 or centre, None
+    make = import_module("qdm_kernels.hopper.triton").conv2d_call if plan.tile.tma else _multiply
+    if split:
+        constants = (kh, kw, *g.stride, *g.padding, *g.dilation, *flags, centre, 32, 64, overlaps(device))
+        finish = Call(
+            finish_kernel, (cdiv(m, 32), cdiv(n, 64), 1),
+            ("conv2d finish", device.index, constants, kind, n % 16 == 0, n == 1, f % 16 == 0, f == 1),
+            (m, n, f, h, w, *size, plan.splits, *constants), {"num_warps": 4, "launch_pdl": overlaps(device)},
+        )  # fmt: skip
+    return Product(make(x, state.weight, split, flags, kind, plan, g, size), finish, (plan.splits, m, f))
+
+
 def _multiply(
-    x: Tensor, weight: Tensor, work: Tensor | None, pointers: tuple[Tensor | None, ...], flags: tuple[Any, ...], kind: tuple[Any, ...],
-    plan: Plan, shape: tuple[int, ...], size: tuple[int, int],
-) -> None:  # fmt: skip
-    """Launch `conv2d_kernel`: x [B, H, W, C]; shape: sides, strides, padding, dilation; size: of the output."""
-    tile, splits, (b, h, w, c), (f, kh, kw, row) = plan.tile, plan.splits, x.shape, weight.shape
+    x: Tensor, weight: Tensor, split: bool, flags: tuple[Any, ...], kind: tuple[Any, ...], plan: Plan, geometry: Conv2dGeometry, size: Pair
+) -> Call:
+    """Launch of `conv2d_kernel`: x [B, H, W, C]; size: of the output."""
+    tile, splits, g, (b, h, w, c), (f, kh, kw, row) = plan.tile, plan.splits, geometry, x.shape, weight.shape
     bits, m = 4 if weight.dtype == torch.uint8 else 8, b * size[0] * size[1]
     blocks, overlap = row * 8 // bits // tile.bk, overlaps(x.device)
-    constants = (*shape, *flags, bits, COMPILED, c % tile.bk == 0, tile.swap, work is not None, tile.bm, tile.bn, tile.bk, GROUP_M, overlap)
+    constants = (
+        kh, kw, *g.stride, *g.padding, *g.dilation, *flags, bits, COMPILED, c % tile.bk == 0, tile.swap, split, tile.bm, tile.bn, tile.bk,
+        GROUP_M, overlap,
+    )  # fmt: skip
     cap = register_cap(tile, kh * kw, wide=flags[0])
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": cap, "launch_pdl": overlap}
-    run(
+    return Call(
         conv2d_kernel, (cdiv(m, tile.bm) * cdiv(f, tile.bn), splits, 1),
-        ("conv2d", x.device.index, constants, kind, tile, f % 16 == 0, f == 1),
-        (x, weight, work, *pointers, m, f, c, h, w, *size, blocks, -(-kh * kw * blocks // splits), *constants), options,
+        ("conv2d", x.device.index, constants, kind, tile, cap, f % 16 == 0, f == 1),
+        (m, f, c, h, w, *size, blocks, -(-kh * kw * blocks // splits), *constants), options,
     )  # fmt: skip

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from qdm_kernels.epilogue.triton import activate, gain_of, store_rows
 from qdm_kernels.gemm.tiles import cdiv
-from qdm_kernels.gemm.triton import follow, launch, overlaps, variant
+from qdm_kernels.gemm.triton import Call, Ready, follow, overlaps, tensors_of, variant
 from qdm_kernels.producer import plain_floats, tables_of
 from qdm_kernels.quantize.reference import SMALLEST_ROW
 
 LONGEST_ROW = 16384  # entries held in registers, for a scale per row
+_ready: Ready[Call] = Ready(4096)
 
 
 @triton.jit
@@ -57,19 +58,31 @@ def activate_quantize(
     k, lead, dynamic = x.shape[-1] // (2 if gated else 1), x.shape[:-1], scale is None
     out = torch.empty((*lead, k), dtype=torch.int8, device=x.device)
     row_scale = torch.empty((*lead, 1), dtype=torch.float32, device=x.device) if dynamic else None
-    rows, block = lead.numel(), triton.next_power_of_2(max(k, 1))
-    if rows == 0 or k == 0:
+    if out.numel() == 0:
         return out, row_scale
+    tensors = (x, gain, scale, zero_point, step, row_scale, out)
+    gain_table, tables = gain is not None and gain.dim() == 2, tables_of(scale, zero_point, step)
+    key = (x.get_device(), x.shape, tensors_of(tensors), gated, approximate, gain_table, tables, bits)
+    call = _ready.get(key)
+    if call is None:
+        call = _ready.keep(key, _call(tensors, gated, approximate, gain_table, tables, bits))
+    call(*tensors)
+    return out, row_scale
+
+
+def _call(tensors: tuple[Tensor | None, ...], gated: bool, approximate: str, gain_table: bool, tables: int, bits: int) -> Call:
+    x, gain, scale, *_, out = tensors
+    assert x is not None
+    assert out is not None
+    k, dynamic = out.shape[-1], scale is None
+    rows, block = out.numel() // k, triton.next_power_of_2(k)
     block = block if dynamic else min(block, 1024)
     at_once = max(1, 2048 // block)
-    tensors = (x, gain, scale, zero_point, step, row_scale, out)
     constants = (
-        gated, "gelu" if approximate == "none" else "gelu_tanh", gain is not None, gain is not None and gain.dim() == 2,
-        tables_of(scale, zero_point, step), dynamic, SMALLEST_ROW, -(1 << bits - 1), (1 << bits - 1) - 1, at_once, block,
-        overlaps(x.device),
+        gated, "gelu" if approximate == "none" else "gelu_tanh", gain is not None, gain_table, tables, dynamic, SMALLEST_ROW,
+        -(1 << bits - 1), (1 << bits - 1) - 1, at_once, block, overlaps(x.device),
     )  # fmt: skip
-    launch(
+    return Call(
         gelu_kernel, (cdiv(rows, at_once), cdiv(k, block), 1), ("gelu", x.device.index, variant(*tensors, rows, k), constants),
-        (*tensors, rows, k, *constants), {"num_warps": max(4, min(16, at_once * block // 512)), "launch_pdl": constants[-1]},
+        (rows, k, *constants), {"num_warps": max(4, min(16, at_once * block // 512)), "launch_pdl": constants[-1]},
     )  # fmt: skip
-    return out, row_scale

@@ -215,7 +215,8 @@ def cdiv(size: int, block: int) -> int:
 
 def aligned(x: Tensor) -> Tensor:
     """x contiguous and on a 16-byte boundary, copied only if it is not: an odd address would compile a slow variant."""
-    x = x.contiguous()
+    if not x.is_contiguous():
+        return x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 

@@ -1,34 +1,83 @@
 """What the Triton matrix products share: cheap launches, order of the tiles, unpacking of 4-bit codes."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Hashable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qdm_kernels.direct.triton import Boxes, Grid, Heads, Variant
 from qdm_kernels.gemm import tiles
 
-_compiled: dict[Hashable, Any] = {}
+T = TypeVar("T")
+_variants: dict[Hashable, Variant] = {}
 
 
-def launch(fn: Any, grid: tuple[int, int, int], key: tuple[Hashable, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Launch a kernel with all its arguments in order; no multiply-add is contracted.
+class Call:
+    """A launch but for its tensors, which come first: what a layer keeps of a size that it has met. No multiply-add is contracted.
 
-    The variant compiled for a key is launched again without triton's own look-up, which takes long for as many arguments.
-
-    key: everything the machine code depends on: device, constants, options, and dtype, presence and alignment of every tensor.
+    Args:
+        key: everything the machine code depends on: device, constants, options, and dtype, presence and alignment of every tensor.
+        rest: arguments after the tensors.
+        boxes: makes the descriptors that stand for the first tensors; None = there are none.
     """
-    found = _compiled.get(key)
-    if found is not None:
-        found[grid](*arguments)
-        return
-    found = fn[grid](*arguments, **options, enable_fp_fusion=False)
-    if found is not None:  # the interpreter compiles nothing
-        _compiled[key] = found
+
+    __slots__ = ("_boxes", "_grid", "_heads", "_rest", "_variant")
+
+    def __init__(
+        self, fn: Any, grid: Grid, key: tuple[Hashable, ...], rest: tuple[Any, ...], options: dict[str, Any], boxes: Boxes | None = None
+    ) -> None:
+        variant = _variants.get(key)
+        if variant is None:
+            variant = _variants[key] = Variant(fn, options)
+        self._variant, self._grid, self._rest, self._boxes = variant, grid, rest, boxes
+        self._heads: Heads = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        self._variant.launch(self._grid, tensors, self._rest, self._boxes, self._heads)
+
+
+@dataclass(frozen=True)
+class Product:
+    """The launches of a matrix product of one size.
+
+    finish: adds the shares of K, or corrects for the row of ones; None = the product is finished where it is computed. shares: their
+    shape, [splits, M, F].
+    """
+
+    multiply: Call
+    finish: Call | None
+    shares: tuple[int, int, int]
+
+    def __call__(self, x: Tensor, weight: Tensor, centre: Tensor | None, pointers: tuple[Tensor | None, ...]) -> None:
+        if self.finish is None:
+            self.multiply(x, weight, None, *pointers)
+            return
+        work = torch.empty(self.shares, dtype=torch.int32, device=x.device)
+        self.multiply(x, weight, work, *pointers)
+        self.finish(work, centre, *pointers)
+
+
+class Ready(dict[Hashable, T]):
+    """What was made ready for the sizes and types that were met, by all that decides about it. most: kept at a time."""
+
+    def __init__(self, most: int = 64) -> None:
+        super().__init__()
+        self._most = most
+
+    def keep(self, key: Hashable, made: T) -> T:
+        """Remember `made`, and forget the others where there are too many; returns it."""
+        if len(self) >= self._most:
+            self.clear()
+        self[key] = made
+        return made
 
 
 def variant(*arguments: Any) -> tuple[Hashable, ...]:
@@ -44,7 +93,16 @@ def variant(*arguments: Any) -> tuple[Hashable, ...]:
 
 def kinds(*tensors: Tensor | None) -> tuple[Hashable, ...]:
     """Of each tensor, what a variant depends on where alignment is not specialised: its dtype; None = it is absent."""
-    return tuple(None if t is None else t.dtype for t in tensors)
+    return tuple([None if t is None else t.dtype for t in tensors])
+
+
+def tensors_of(tensors: tuple[Tensor | None, ...]) -> tuple[Hashable, ...]:
+    """As `variant` of tensors alone, in a quarter of its time where all are aligned."""
+    bits = 0
+    for one in tensors:
+        if one is not None:
+            bits |= one.data_ptr()
+    return variant(*tensors) if bits & 15 else kinds(*tensors)
 
 
 def overlaps(device: torch.device) -> bool:
@@ -69,9 +127,9 @@ def follow():
 
 def scalar_on(t: Tensor | None, device: torch.device) -> Tensor | None:
     """A scale, zero point or table where the kernel reads it: one left on the CPU would be an invalid address."""
-    if t is None:
-        return None
-    return (t if t.device == device else t.to(device)).contiguous()
+    if t is None or (t.get_device() == (-1 if device.index is None else device.index) and t.is_contiguous()):
+        return t
+    return t.to(device).contiguous()
 
 
 @triton.jit

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from qdm_kernels.epilogue.triton import activate, gain_of, pick, to_codes
 from qdm_kernels.gemm.tiles import cdiv
-from qdm_kernels.gemm.triton import follow, launch, overlaps, variant
+from qdm_kernels.gemm.triton import Call, Ready, follow, overlaps, tensors_of, variant
 from qdm_kernels.producer import plain_floats, tables_of
 
 _PIXELS, _CHANNELS = 32, 128  # tile of the second kernel
 _MOST_SEGMENTS = 16
 _SEGMENT = 128  # least pixels of a segment
+_ready: Ready[tuple[Call, Call]] = Ready(4096)
 _COUNTS = ["PIXELS", "GROUPS", "SEGMENT", "SEGMENTS"]  # a count of 1 would be no tensor, whose casts are none either
 
 
@@ -101,26 +102,41 @@ def normalize_quantize(
     out = torch.empty((b, h, w, c), dtype=torch.int8, device=x.device)
     if out.numel() == 0:
         return out.permute(0, 3, 1, 2)
-    pixels, width = h * w, c // groups
-    segments = max(1, min(_MOST_SEGMENTS, pixels // _SEGMENT))
-    segment = cdiv(pixels, segments)
+    segments = max(1, min(_MOST_SEGMENTS, h * w // _SEGMENT))
     mean, m2 = torch.empty((2, b, segments, groups), dtype=torch.float32, device=x.device)
-    columns = triton.next_power_of_2(width)
-    sizes = (pixels, c, groups, segment, segments)
-    overlap = overlaps(x.device)
-    tile = (width, max(1, min(128, 4096 // columns)), columns, overlap)
-    launch(
-        moments_kernel, (b * groups, segments, 1), ("moments", x.device.index, variant(x, mean, m2, c), tile),
-        (x, mean, m2, *sizes, *tile), {"num_warps": 4, "launch_pdl": overlap},
-    )  # fmt: skip
     tensors = (x, mean, m2, weight, bias, gain, scale, zero_point, step, out)
-    constants = (
-        width, weight is not None, bias is not None, gain is not None, gain is not None and gain.dim() == 2,
-        tables_of(scale, zero_point, step), activation, -(1 << bits - 1), (1 << bits - 1) - 1, triton.next_power_of_2(segments),
-        triton.next_power_of_2(groups), _PIXELS, _CHANNELS, overlap,
-    )  # fmt: skip
-    launch(
-        apply_kernel, (cdiv(pixels, _PIXELS), cdiv(c, _CHANNELS), b), ("apply", x.device.index, variant(*tensors, c), constants),
-        (*tensors, *sizes, eps, *constants), {"num_warps": 4, "launch_pdl": overlap},
-    )  # fmt: skip
+    gain_table, tables = gain is not None and gain.dim() == 2, tables_of(scale, zero_point, step)
+    key = (x.get_device(), x.shape, groups, tensors_of(tensors), gain_table, tables, activation, eps, bits)
+    calls = _ready.get(key)
+    if calls is None:
+        calls = _ready.keep(key, _calls(tensors, groups, gain_table, tables, activation, eps, bits))
+    calls[0](x, mean, m2)
+    calls[1](*tensors)
     return out.permute(0, 3, 1, 2)
+
+
+def _calls(
+    tensors: tuple[Tensor | None, ...], groups: int, gain_table: bool, tables: int, activation: str, eps: float, bits: int
+) -> tuple[Call, Call]:
+    """The moments of an image, and what reads them."""
+    x, mean, m2, weight, bias, gain, *_ = tensors
+    assert x is not None
+    assert mean is not None
+    (b, h, w, c), segments, overlap = x.shape, mean.shape[1], overlaps(x.device)
+    pixels, width = h * w, c // groups
+    columns = triton.next_power_of_2(width)
+    sizes = (pixels, c, groups, cdiv(pixels, segments), segments)
+    tile = (width, max(1, min(128, 4096 // columns)), columns, overlap)
+    constants = (
+        width, weight is not None, bias is not None, gain is not None, gain_table, tables, activation, -(1 << bits - 1),
+        (1 << bits - 1) - 1, triton.next_power_of_2(segments), triton.next_power_of_2(groups), _PIXELS, _CHANNELS, overlap,
+    )  # fmt: skip
+    options = {"num_warps": 4, "launch_pdl": overlap}
+    moments = Call(
+        moments_kernel, (b * groups, segments, 1), ("moments", x.device.index, variant(x, mean, m2, c), tile), (*sizes, *tile), options
+    )
+    apply = Call(
+        apply_kernel, (cdiv(pixels, _PIXELS), cdiv(c, _CHANNELS), b), ("apply", x.device.index, variant(*tensors, c), constants),
+        (*sizes, eps, *constants), options,
+    )  # fmt: skip
+    return moments, apply

@@ -16,8 +16,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qdm_kernels.conv2d_w8a8.triton import finish_pixels
 from qdm_kernels.gemm.tiles import GROUP_M, Plan, Tile, cdiv
-from qdm_kernels.gemm.triton import follow, launch, overlaps, tile_of, unpack_high, unpack_low
-from qdm_kernels.geometry import Conv2dGeometry
+from qdm_kernels.gemm.triton import Call, follow, overlaps, tile_of, unpack_high, unpack_low
+from qdm_kernels.geometry import Conv2dGeometry, Pair
 from qdm_kernels.linear_w8a8.triton import SCALARS, finish_tile
 
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after 3.6
@@ -267,58 +267,46 @@ def box_of(rows: int, size: tuple[int, int, int]) -> Box:
     return min(boxes, key=waste)
 
 
-def run_linear(
-    x: Tensor, weight: Tensor, work: Tensor | None, pointers: tuple[Tensor | None, ...], flags: tuple[Any, ...], kind: tuple[Any, ...],
-    plan: Plan,
-) -> None:  # fmt: skip
-    """Launch `linear_kernel`; arguments as the general kernel has them (`linear_w8a8.triton`)."""
+def linear_call(x: Tensor, weight: Tensor, split: bool, flags: tuple[Any, ...], kind: tuple[Any, ...], plan: Plan) -> Call:
+    """Launch of `linear_kernel`; arguments as the general kernel has them (`linear_w8a8.triton`)."""
     tile, splits, m, (n, width), bits = plan.tile, plan.splits, x.shape[0], weight.shape, _bits(weight)
-    blocks = width * 8 // bits // tile.bk
+    blocks, columns = width * 8 // bits // tile.bk, tile.bk * bits // 8
     constants = (
-        *flags,
-        bits,
-        work is not None,
-        tile.bm,
-        tile.bn,
-        tile.bk,
-        tile.stages,
-        tile.warps,
-        GROUP_M,
-        _layout(tile.bk, 2),
-        overlaps(x.device),
-    )
-    launch(
+        *flags, bits, split, tile.bm, tile.bn, tile.bk, tile.stages, tile.warps, GROUP_M, _layout(tile.bk, 2), overlaps(x.device),
+    )  # fmt: skip
+
+    def boxes(x: Tensor, weight: Tensor, *others: Any) -> tuple[TensorDescriptor, ...]:
+        return _rows(x, tile.bm, tile.bk), _rows(weight, tile.bn, columns)
+
+    return Call(
         linear_kernel, (cdiv(m, tile.bm) * cdiv(n, tile.bn), splits, 1),
         ("linear tma", x.device.index, constants, kind, tile, n % 16 == 0, n == 1),
-        (
-            _rows(x, tile.bm, tile.bk), _rows(weight, tile.bn, tile.bk * bits // 8), work, *pointers, m, n, blocks, -(-blocks // splits),
-            *constants,
-        ),
-        _options(tile),
+        (m, n, blocks, -(-blocks // splits), *constants), _options(tile), boxes,
     )  # fmt: skip
 
 
-def run_conv2d(
-    x: Tensor, weight: Tensor, work: Tensor | None, pointers: tuple[Tensor | None, ...], flags: tuple[Any, ...], kind: tuple[Any, ...],
-    plan: Plan, geometry: Conv2dGeometry, size: tuple[int, int],
-) -> None:  # fmt: skip
-    """Launch `conv2d_kernel`; arguments as the general kernel has them (`conv2d_w8a8.triton`); size: OH, OW."""
+def conv2d_call(
+    x: Tensor, weight: Tensor, split: bool, flags: tuple[Any, ...], kind: tuple[Any, ...], plan: Plan, geometry: Conv2dGeometry, size: Pair
+) -> Call:
+    """Launch of `conv2d_kernel`; arguments as the general kernel has them (`conv2d_w8a8.triton`)."""
     tile, splits, g, bits = plan.tile, plan.splits, geometry, _bits(weight)
     (b, h, w, c), (n, kh, kw, width) = x.shape, weight.shape
     box = box_of(tile.bm, (b, *size))
-    boxes = cdiv(b, box[0]) * cdiv(size[0], box[1]) * cdiv(size[1], box[2])
-    blocks = width * 8 // bits // tile.bk
+    tiles = cdiv(b, box[0]) * cdiv(size[0], box[1]) * cdiv(size[1], box[2])
+    blocks, columns = width * 8 // bits // tile.bk, tile.bk * bits // 8
     constants = (
-        kh, kw, *g.stride, *g.padding, *g.dilation, *flags, bits, work is not None, *box, tile.bm, tile.bn, tile.bk, tile.stages,
-        tile.warps, GROUP_M, _layout(tile.bk, 2), overlaps(x.device),
+        kh, kw, *g.stride, *g.padding, *g.dilation, *flags, bits, split, *box, tile.bm, tile.bn, tile.bk, tile.stages, tile.warps, GROUP_M,
+        _layout(tile.bk, 2), overlaps(x.device),
     )  # fmt: skip
-    pixels = TensorDescriptor(x, [b, h, w, c], [h * w * c, w * c, c, 1], [*box, tile.bk], _layout(tile.bk, 4))
-    launch(
-        conv2d_kernel, (boxes * cdiv(n, tile.bn), splits, 1),
+
+    def boxes(x: Tensor, weight: Tensor, *others: Any) -> tuple[TensorDescriptor, ...]:
+        pixels = TensorDescriptor(x, [b, h, w, c], [h * w * c, w * c, c, 1], [*box, tile.bk], _layout(tile.bk, 4))
+        return pixels, _rows(weight.flatten(1), tile.bn, columns)
+
+    return Call(
+        conv2d_kernel, (tiles * cdiv(n, tile.bn), splits, 1),
         ("conv2d tma", x.device.index, constants, kind, tile, n % 16 == 0, n == 1),
-        (pixels, _rows(weight.flatten(1), tile.bn, tile.bk * bits // 8), work, *pointers, b * size[0] * size[1], n, h, w, *size, blocks,
-         -(-kh * kw * blocks // splits), *constants),
-        _options(tile),
+        (b * size[0] * size[1], n, h, w, *size, blocks, -(-kh * kw * blocks // splits), *constants), _options(tile), boxes,
     )  # fmt: skip
 
 

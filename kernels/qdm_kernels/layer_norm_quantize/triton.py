@@ -7,11 +7,12 @@ from torch import Tensor
 
 from qdm_kernels.epilogue.triton import gain_of, store_rows
 from qdm_kernels.gemm.tiles import cdiv
-from qdm_kernels.gemm.triton import follow, launch, overlaps, variant
+from qdm_kernels.gemm.triton import Call, Ready, follow, overlaps, tensors_of, variant
 from qdm_kernels.producer import plain_floats, tables_of
 from qdm_kernels.quantize.reference import SMALLEST_ROW
 
 LONGEST_ROW = 16384  # entries held in registers
+_ready: Ready[Call] = Ready(4096)
 
 
 @triton.jit
@@ -59,22 +60,31 @@ def normalize_quantize(
     """Codes int8 of the shape of x; scale None = per row, then also float32 [..., 1]."""
     m, shift = modulation or (None, None)
     x, weight, bias, m, shift, gain, scale = plain_floats(x, weight, bias, m, shift, gain, scale)
-    k, dynamic = x.shape[-1], scale is None
     out = torch.empty_like(x, dtype=torch.int8)
-    row_scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if dynamic else None
-    rows, block = x.numel() // k, triton.next_power_of_2(k)
-    if rows == 0:
+    row_scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if scale is None else None
+    if x.numel() == 0:
         return out, row_scale
-    at_once = max(1, 2048 // block)
     tensors = (x, weight, bias, m, shift, gain, scale, zero_point, step, row_scale, out)
-    constants = (
-        weight is not None, bias is not None, m is not None, gain is not None, gain is not None and gain.dim() == 2,
-        tables_of(scale, zero_point, step), dynamic, SMALLEST_ROW, -(1 << bits - 1), (1 << bits - 1) - 1, at_once, block,
-        overlaps(x.device),
-    )  # fmt: skip
-    sizes = (rows, k, rows // x.shape[0])
-    launch(
-        layer_norm_kernel, (cdiv(rows, at_once), 1, 1), ("layer norm", x.device.index, variant(*tensors, *sizes), constants),
-        (*tensors, *sizes, eps, *constants), {"num_warps": max(4, min(16, at_once * block // 512)), "launch_pdl": constants[-1]},
-    )  # fmt: skip
+    gain_table, tables = gain is not None and gain.dim() == 2, tables_of(scale, zero_point, step)
+    key = (x.get_device(), x.shape, tensors_of(tensors), gain_table, tables, eps, bits)
+    call = _ready.get(key)
+    if call is None:
+        call = _ready.keep(key, _call(tensors, gain_table, tables, eps, bits))
+    call(*tensors)
     return out, row_scale
+
+
+def _call(tensors: tuple[Tensor | None, ...], gain_table: bool, tables: int, eps: float, bits: int) -> Call:
+    x, weight, bias, m, _, gain, scale, *_ = tensors
+    assert x is not None
+    rows, block = x.numel() // x.shape[-1], triton.next_power_of_2(x.shape[-1])
+    at_once = max(1, 2048 // block)
+    constants = (
+        weight is not None, bias is not None, m is not None, gain is not None, gain_table, tables, scale is None, SMALLEST_ROW,
+        -(1 << bits - 1), (1 << bits - 1) - 1, at_once, block, overlaps(x.device),
+    )  # fmt: skip
+    sizes = (rows, x.shape[-1], rows // x.shape[0])
+    return Call(
+        layer_norm_kernel, (cdiv(rows, at_once), 1, 1), ("layer norm", x.device.index, variant(*tensors, *sizes), constants),
+        (*sizes, eps, *constants), {"num_warps": max(4, min(16, at_once * block // 512)), "launch_pdl": constants[-1]},
+    )  # fmt: skip

@@ -6,6 +6,7 @@ exact subtraction gives q - z. Group scales multiply the float32 sums of a group
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 from qdm_kernels.epilogue.reference import Epilogue, finish
 from qdm_kernels.epilogue.triton import store
 from qdm_kernels.gemm.tiles import GROUP_M, Tile, aligned, cdiv, weight_only_tile
-from qdm_kernels.gemm.triton import COMPILED, follow, launch, overlaps, tile_of, variant
+from qdm_kernels.gemm.triton import COMPILED, Call, Ready, follow, overlaps, tensors_of, tile_of, variant
 from qdm_kernels.layout import padded_length
 from qdm_kernels.linear_w4a16.reference import dequantize
 
@@ -120,6 +121,21 @@ class State:
         """N."""
         return self.words.shape[0]
 
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 4 if self.words.dtype == torch.int16 else 8
+
+    @property
+    def padded(self) -> int:
+        """Inputs of a row as it is stored."""
+        return self.words.shape[1] * (4 if self.bits == 4 else 1)
+
+    @cached_property
+    def ready(self) -> Ready[Call]:
+        """Launches for the sizes that were met."""
+        return Ready()
+
 
 def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 4) -> State:
     """Pack four codes to a word, or with 8 bits pad them to whole blocks of 64; arguments as in `op.prepare`."""
@@ -149,23 +165,35 @@ def linear(x: Tensor, bias: Tensor | None, state: State, end: Epilogue, *, tile:
     out = torch.empty((m, n), dtype=end.out_dtype, device=x.device)
     if m == 0:
         return out
-    bits = 4 if state.words.dtype == torch.int16 else 8
-    padded, groups = state.words.shape[1] * (4 if bits == 4 else 1), state.scale.shape[1]
-    x = aligned(x if k % 16 == 0 else F.pad(x, (0, padded - k)))
-    group = 0 if groups == 1 else padded // groups
-    tile = tile or weight_only_tile(m, n, padded, group, x.device, bits)
+    if k % 16:
+        x = F.pad(x, (0, state.padded - k))
+    x = aligned(x)
     residual = None if end.residual is None else end.residual.contiguous()
-    kind, overlap = "plain" if not COMPILED else "bf16" if x.dtype == torch.bfloat16 else "fp16", overlaps(x.device)
     tensors = (x, state.words, state.scale, state.zero_point, bias, residual, out)
+    key = (m, x.shape[1], tile, end.activation, tensors_of(tensors))
+    call = state.ready.get(key)
+    if call is None:
+        call = state.ready.keep(key, _call(tensors, state, end.activation, tile))
+    call(*tensors)
+    return out
+
+
+def _call(tensors: tuple[Tensor | None, ...], state: State, activation: str, tile: Tile | None) -> Call:
+    """The launch of `linear` for these tensors."""
+    x, *_, bias, residual, out = tensors
+    assert x is not None
+    assert out is not None
+    (m, k), n, padded, groups = x.shape, state.outputs, state.padded, state.scale.shape[1]
+    group = 0 if groups == 1 else padded // groups
+    tile = tile or weight_only_tile(m, n, padded, group, x.device, state.bits)
+    kind, overlap = "plain" if not COMPILED else "bf16" if x.dtype == torch.bfloat16 else "fp16", overlaps(x.device)
     wide = max(x.numel(), out.numel(), state.words.numel()) >= 1 << 31
     constants = (
-        group // tile.bk, bits, kind, x.shape[1] % tile.bk == 0, bias is not None, residual is not None, end.activation, wide, tile.bm,
-        tile.bn, tile.bk, GROUP_M, overlap,
+        group // tile.bk, state.bits, kind, k % tile.bk == 0, bias is not None, residual is not None, activation, wide, tile.bm, tile.bn,
+        tile.bk, GROUP_M, overlap,
     )  # fmt: skip
-    launch(
+    return Call(
         linear_kernel, (cdiv(m, tile.bm) * cdiv(n, tile.bn), 1, 1),
-        ("weight only", x.device.index, variant(*tensors, n, x.shape[1]), constants, tile),
-        (*tensors, m, n, x.shape[1], padded // tile.bk, groups, *constants),
+        ("weight only", x.device.index, variant(*tensors, n, k), constants, tile), (m, n, k, padded // tile.bk, groups, *constants),
         {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "launch_pdl": overlap},
     )  # fmt: skip
-    return out

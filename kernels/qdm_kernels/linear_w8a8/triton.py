@@ -4,6 +4,7 @@ Both operands are read along K. Few rows (M <= 32) change places with the weight
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -17,8 +18,21 @@ from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.epilogue.triton import pick, store
 from qdm_kernels.exact import subtract_zero_point, value_range
 from qdm_kernels.gemm.tiles import GROUP_M, Plan, aligned, cdiv, choose_plan
-from qdm_kernels.gemm.triton import COMPILED, follow, kinds, multiply, overlaps, plane_offsets, scalar_on, tile_of, unpack_high, unpack_low
-from qdm_kernels.gemm.triton import launch as run
+from qdm_kernels.gemm.triton import (
+    COMPILED,
+    Call,
+    Product,
+    Ready,
+    follow,
+    kinds,
+    multiply,
+    overlaps,
+    plane_offsets,
+    scalar_on,
+    tile_of,
+    unpack_high,
+    unpack_low,
+)  # fmt: skip
 from qdm_kernels.layout import pack_int4, padded_length
 
 # A row of a table stands at any address: it is read one element at a time, so that no variant need know more.
@@ -163,6 +177,26 @@ class State:
     strategy: str = "triton"
     reason: str | None = None
 
+    @cached_property
+    def bits(self) -> int:
+        """Of a code."""
+        return 4 if self.weight.dtype == torch.uint8 else 8
+
+    @cached_property
+    def padded(self) -> int:
+        """Inputs of a row as it is stored."""
+        return self.weight.shape[1] * 8 // self.bits
+
+    @cached_property
+    def outputs(self) -> int:
+        """N."""
+        return self.weight.shape[0] - (self.centre is not None)
+
+    @cached_property
+    def ready(self) -> Ready[Product]:
+        """Launches for the sizes that were met."""
+        return Ready()
+
 
 def why_not(inputs: int) -> str | None:
     """Why this kernel does not take a layer of so many inputs; None = it does."""
@@ -200,63 +234,73 @@ def launch(
     bias: Tensor | None = None, end: Epilogue = Epilogue(), plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
     """Run the kernels; dtype int32 = corrected sums. plan: None = chosen by `gemm.tiles`."""
-    m, (f, width), bits = x.shape[0], state.weight.shape, 4 if state.weight.dtype == torch.uint8 else 8
-    centre, device = state.centre is not None, x.device
-    n, padded = f - centre, width * 8 // bits
-    out = torch.empty((m, n), dtype=dtype, device=device)
+    m, weight = x.shape[0], state.weight
+    out = torch.empty((m, state.outputs), dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x = aligned(x if x.shape[1] % 16 == 0 else F.pad(x, (0, padded - x.shape[1])))
-    plan = plan or choose_plan(f"linear_w{bits}a8", m, f, padded, device)
-    tile, splits = plan.tile, plan.splits
-    wide = max(x.numel(), out.numel(), state.weight.numel()) >= 1 << 31
-    pointers, flags, kind = finishing(out, wide, zero_point, x_scale, w_scale, bias, end, state.sums)
-    split = splits > 1 or centre
-    work = torch.empty((splits, m, f), dtype=torch.int32, device=device) if split else None
-    if tile.tma:
-        import_module("qdm_kernels.hopper.triton").run_linear(x, state.weight, work, pointers, flags, kind, plan)
-    else:
-        _multiply(x, state.weight, work, pointers, flags, kind, plan)
-    if split:
-        constants = (*flags, centre, 32, 64, overlaps(device))
-        run(
-            finish_kernel, (cdiv(m, 32), cdiv(n, 64), 1),
-            ("linear finish", device.index, constants, kind, n % 16 == 0, n == 1, f % 16 == 0, f == 1),
-            (work, state.centre, *pointers, m, n, f, splits, *constants), {"num_warps": 4, "launch_pdl": overlaps(device)},
-        )  # fmt: skip
+    if x.shape[1] % 16:
+        x = F.pad(x, (0, state.padded - x.shape[1]))
+    x = aligned(x)
+    pointers, kind = finishing(out, zero_point, x_scale, w_scale, bias, end, state.sums)
+    key = (m, x.shape[1], plan, end.activation, kind)
+    ready = state.ready.get(key)
+    if ready is None:
+        ready = state.ready.keep(key, _ready(x, state, pointers, kind, end.activation, plan))
+    ready(x, weight, state.centre, pointers)
     return out
 
 
-def _multiply(
-    x: Tensor, weight: Tensor, work: Tensor | None, pointers: tuple[Tensor | None, ...], flags: tuple[Any, ...], kind: tuple[Any, ...],
-    plan: Plan,
-) -> None:  # fmt: skip
-    """Launch `linear_kernel`."""
+def _ready(
+    x: Tensor, state: State, pointers: tuple[Tensor | None, ...], kind: tuple[Any, ...], activation: str, plan: Plan | None
+) -> Product:
+    """What `launch` launches for x [M, K]."""
+    (m, _), device, weight, centre = x.shape, x.device, state.weight, state.centre is not None
+    f, n = weight.shape[0], state.outputs
+    plan = plan or choose_plan(f"linear_w{state.bits}a8", m, f, state.padded, device)
+    wide = max(x.numel(), m * n, weight.numel()) >= 1 << 31
+    flags, split, finish = (wide, *options_of(pointers, activation)), plan.splits > 1 or centre, None
+    make = import_module("qdm_kernels.hopper.triton").linear_call if plan.tile.tma else _multiply
+    if split:
+        constants = (*flags, centre, 32, 64, overlaps(device))
+        finish = Call(
+            finish_kernel, (cdiv(m, 32), cdiv(n, 64), 1),
+            ("linear finish", device.index, constants, kind, n % 16 == 0, n == 1, f % 16 == 0, f == 1),
+            (m, n, f, plan.splits, *constants), {"num_warps": 4, "launch_pdl": overlaps(device)},
+        )  # fmt: skip
+    return Product(make(x, weight, split, flags, kind, plan), finish, (plan.splits, m, f))
+
+
+def _multiply(x: Tensor, weight: Tensor, split: bool, flags: tuple[Any, ...], kind: tuple[Any, ...], plan: Plan) -> Call:
+    """Launch of `linear_kernel`."""
     tile, splits, (m, k), (f, width) = plan.tile, plan.splits, x.shape, weight.shape
     bits = 4 if weight.dtype == torch.uint8 else 8
     blocks, overlap = width * 8 // bits // tile.bk, overlaps(x.device)
-    constants = (*flags, bits, COMPILED, k % tile.bk == 0, tile.swap, work is not None, tile.bm, tile.bn, tile.bk, GROUP_M, overlap)
+    constants = (*flags, bits, COMPILED, k % tile.bk == 0, tile.swap, split, tile.bm, tile.bn, tile.bk, GROUP_M, overlap)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "launch_pdl": overlap}
-    run(
+    return Call(
         linear_kernel, (cdiv(m, tile.bm) * cdiv(f, tile.bn), splits, 1),
         ("linear", x.device.index, constants, kind, tile, f % 16 == 0, f == 1, k % 16 == 0),
-        (x, weight, work, *pointers, m, f, k, blocks, -(-blocks // splits), *constants), options,
+        (m, f, k, blocks, -(-blocks // splits), *constants), options,
     )  # fmt: skip
 
 
 def finishing(
-    out: Tensor, wide: bool, zero_point: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, end: Epilogue,
-    sums: Tensor,
-) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...], tuple[Any, ...]]:  # fmt: skip
-    """What every epilogue takes: its pointers and constants in the kernels' order, and what their variants depend on."""
-    device, step = out.device, scalar_on(end.step, out.device)
-    x_scale, zero, out_scale, out_zero = (scalar_on(t, device) for t in (x_scale, zero_point, end.out_scale, end.out_zero_point))
-    tables = 0
-    if step is not None:
-        tables = sum(1 << i for i, t in enumerate((x_scale, zero, out_scale, out_zero)) if t is not None and t.numel() > 1)
+    out: Tensor, zero_point: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, end: Epilogue, sums: Tensor
+) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    """What every epilogue takes: its pointers in the kernels' order, and what launches of these depend on."""
+    device = out.device
+    step, x_scale, zero = scalar_on(end.step, device), scalar_on(x_scale, device), scalar_on(zero_point, device)
+    out_scale, out_zero = scalar_on(end.out_scale, device), scalar_on(end.out_zero_point, device)
     residual = None if end.residual is None else aligned(end.residual)
-    w_scale, bias = (None if t is None else aligned(t) for t in (w_scale, bias))
-    per_row = step is None and x_scale is not None and x_scale.numel() > 1
+    w_scale, bias = None if w_scale is None else aligned(w_scale), None if bias is None else aligned(bias)
     pointers = (sums, x_scale, zero, step, w_scale, bias, residual, out_scale, out_zero, out)
-    flags = (wide, per_row, tables, bias is not None, residual is not None, end.activation)
-    return pointers, flags, kinds(*pointers)
+    many = [t is not None and t.numel() > 1 for t in (x_scale, zero, out_scale, out_zero)]
+    return pointers, (*kinds(*pointers), *many)
+
+
+def options_of(pointers: tuple[Tensor | None, ...], activation: str) -> tuple[Any, ...]:
+    """PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL and ACTIVATION of an epilogue."""
+    _, x_scale, zero, step, _, bias, residual, out_scale, out_zero, _ = pointers
+    many = [t is not None and t.numel() > 1 for t in (x_scale, zero, out_scale, out_zero)]
+    tables = 0 if step is None else sum(1 << i for i, one in enumerate(many) if one)
+    return step is None and many[0], tables, bias is not None, residual is not None, activation

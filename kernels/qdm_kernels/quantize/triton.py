@@ -7,11 +7,12 @@ from torch import Tensor
 
 from qdm_kernels.epilogue.triton import pick, to_codes
 from qdm_kernels.gemm.tiles import cdiv
-from qdm_kernels.gemm.triton import follow, launch, overlaps, variant
+from qdm_kernels.gemm.triton import Call, Ready, follow, kinds, overlaps, scalar_on, variant
 from qdm_kernels.quantize.reference import SMALLEST_ROW
 
 _BLOCK = 4096
 _LONGEST_BLOCK = 8192  # entries of a row held in registers at a time
+_ready: Ready[Call] = Ready(4096)
 
 
 @triton.jit(do_not_specialize=["COUNT"], do_not_specialize_on_alignment=["scale_ptr", "zero_ptr", "step_ptr"])
@@ -63,35 +64,50 @@ def takes(scale: Tensor, zero_point: Tensor, step: Tensor | None) -> bool:
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tensor | None) -> Tensor:
     """As `op.quantize` for what `takes` accepts; memory format kept."""
     x = x.float() if x.dtype == torch.float64 else x
-    if not torch.ops.aten.is_non_overlapping_and_dense(x):
+    if not (x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)):
         x = x.contiguous()
     out = torch.empty_like(x, dtype=torch.int8)
     count = x.numel()
     if count == 0:
         return out
-    tables = (step is not None and scale.numel() > 1) + 2 * (step is not None and zero_point.numel() > 1)
-    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
-    scale, zero_point = scale.to(x.device, torch.float32).contiguous(), zero_point.to(x.device).contiguous()
-    constants = (tables, low, high, count >= 1 << 31, _BLOCK, overlaps(x.device))
-    launch(
-        quantize_kernel, (cdiv(count, _BLOCK), 1, 1),
-        ("quantize", x.device.index, variant(x), zero_point.dtype, None if step is None else step.dtype, constants),
-        (x, scale, zero_point, step, out, count, *constants), {"num_warps": 8, "launch_pdl": constants[-1]},
-    )  # fmt: skip
+    scale, zero_point = scalar_on(scale if scale.dtype == torch.float32 else scale.float(), x.device), scalar_on(zero_point, x.device)
+    tensors = (x, scale, zero_point, step, out)
+    table = 0 if step is None else (scale.numel() > 1) + 2 * (zero_point.numel() > 1)
+    key = ("quantize", x.get_device(), count, x.data_ptr() % 16 == 0, kinds(*tensors), table, bits)
+    call = _ready.get(key)
+    if call is None:
+        call = _ready.keep(key, _quantize_call(x, tensors, table, bits))
+    call(*tensors)
     return out
+
+
+def _quantize_call(x: Tensor, tensors: tuple[Tensor | None, ...], tables: int, bits: int) -> Call:
+    count = x.numel()
+    constants = (tables, -(1 << bits - 1), (1 << bits - 1) - 1, count >= 1 << 31, _BLOCK, overlaps(x.device))
+    return Call(
+        quantize_kernel, (cdiv(count, _BLOCK), 1, 1), ("quantize", x.device.index, variant(x), kinds(*tensors), constants),
+        (count, *constants), {"num_warps": 8, "launch_pdl": constants[-1]},
+    )  # fmt: skip
 
 
 def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """As `op.quantize_per_token`."""
     x = (x.float() if x.dtype == torch.float64 else x).contiguous()
     out, scale = torch.empty_like(x, dtype=torch.int8), torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    k = x.shape[-1]
     if x.numel():
-        block = min(triton.next_power_of_2(k), _LONGEST_BLOCK)
-        constants = (SMALLEST_ROW, -(1 << bits - 1), (1 << bits - 1) - 1, block, overlaps(x.device))
-        launch(
-            per_token_kernel, (scale.numel(), 1, 1), ("per token", x.device.index, variant(x, k), constants),
-            (x, scale, out, k, *constants),
-            {"num_warps": 4 if block <= 2048 else 8, "launch_pdl": constants[-1]},
-        )  # fmt: skip
+        key = ("per token", x.get_device(), x.shape, x.dtype, x.data_ptr() % 16 == 0, bits)
+        call = _ready.get(key)
+        if call is None:
+            call = _ready.keep(key, _per_token_call(x, bits))
+        call(x, scale, out)
     return out, scale
+
+
+def _per_token_call(x: Tensor, bits: int) -> Call:
+    k = x.shape[-1]
+    block = min(triton.next_power_of_2(k), _LONGEST_BLOCK)
+    constants = (SMALLEST_ROW, -(1 << bits - 1), (1 << bits - 1) - 1, block, overlaps(x.device))
+    return Call(
+        per_token_kernel, (x.numel() // k, 1, 1), ("per token", x.device.index, variant(x, k), constants), (k, *constants),
+        {"num_warps": 4 if block <= 2048 else 8, "launch_pdl": constants[-1]},
+    )  # fmt: skip
