@@ -77,7 +77,7 @@ def test_the_tuner_offers_what_fits() -> None:
         assert plans
         assert len(set(plans)) == len(plans) <= 64
         for plan in plans:
-            assert problem.terms % plan.tile.bk == 0
+            assert problem.few_rows or problem.terms % plan.tile.bk == 0
             assert plan.tile.shared_bytes <= SHARED_BYTES[90]
     assert tune.conv((2, 320, 64, 640))[0].image == (64, 64)
     assert not any(plan.tile.tma for plan in tune.candidates(tune.SHAPES[0], CPU) if plan.tile.swap)

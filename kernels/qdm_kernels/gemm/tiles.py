@@ -247,3 +247,20 @@ def _weight_only_tile(m: int, n: int, k: int, group: int, capability: int, bits:
         return found.tile
     tiles = [tile for tile in WEIGHT_ONLY_TILES if k % tile.bk == 0 and (group == 0 or group % tile.bk == 0)]
     return next(tile for tile in tiles if tile.bm <= min(m, 128))
+
+
+# Of `few_rows`, in which a warp has 16 outputs; tuned under an op of their own, `few_rows_w4` or `few_rows_w8`.
+FEW_ROWS_TILES = tuple(Tile(16, 16 * warps, 256, warps, 4) for warps in (1, 2, 4, 8))
+
+
+def few_rows_tile(n: int, k: int, device: torch.device, bits: int) -> Tile:
+    """Tile of the weight-only product of few rows: a measured one, else the most warps that leave every multiprocessor two programs."""
+    return _few_rows_tile(n, k, *processors(device), bits, user_file())
+
+
+@cache
+def _few_rows_tile(n: int, k: int, capability: int, count: int, bits: int, file: Path | None) -> Tile:
+    found = measured(f"few_rows_w{bits}", 16, n, k, capability, file)
+    if found is not None:
+        return found.tile
+    return next((t for t in reversed(FEW_ROWS_TILES) if t.warps <= 4 and cdiv(n, t.bn) >= 2 * count), FEW_ROWS_TILES[0])

@@ -29,6 +29,7 @@ from qdm_kernels.conv2d_w8a8.tiles import TILES as CONV_TILES
 from qdm_kernels.conv2d_w8a8.tiles import fits_conv
 from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.gemm.tiles import (
+    FEW_ROWS_TILES,
     PACKED_TILES,
     SHARED_BYTES,
     TILES,
@@ -49,15 +50,6 @@ _L2_BYTES = 50 << 20
 _CALLS = 20  # launches of one replay
 _FINALISTS = 4
 _LEAST_SHARE = 256  # inputs of one split
-_WEIGHT_ONLY = (  # beside the shipped ones: shallower, wider in inputs, more outputs to a program
-    Tile(16, 64, 128, 4, 4),
-    Tile(16, 64, 128, 4, 5),
-    Tile(16, 64, 256, 4, 4),
-    Tile(16, 64, 64, 4, 6),
-    Tile(16, 128, 64, 8, 6),
-    Tile(16, 128, 128, 8, 5),
-    Tile(32, 64, 128, 4, 4),
-)
 
 
 @dataclass(frozen=True)
@@ -76,6 +68,16 @@ class Problem:
     def op(self) -> str:
         """Name of the op."""
         return f"{'conv2d' if self.side else 'linear'}_w{self.bits}a{16 if self.floats else 8}"
+
+    @property
+    def few_rows(self) -> bool:
+        """Is the weight stored for few rows?"""
+        return self.floats and self.rows <= 32
+
+    @property
+    def key(self) -> str:
+        """Under what its plan is kept."""
+        return f"few_rows_w{self.bits}" if self.few_rows else self.op
 
     @property
     def terms(self) -> int:
@@ -131,8 +133,10 @@ def candidates(problem: Problem, device: torch.device) -> list[Plan]:
     """Plans that run a problem: shared memory fits, and splits are for grids that leave the GPU idle, with enough inputs each."""
     capability, count = processors(device)
     limit, rows = SHARED_BYTES.get(capability, 101_376), bucket(problem.rows)
+    if problem.few_rows:
+        return [Plan(tile) for tile in FEW_ROWS_TILES]
     if problem.floats:
-        fit = [t for t in (*WEIGHT_ONLY_TILES, *_WEIGHT_ONLY) if problem.terms % t.bk == 0 and t.bm <= rows and runs(t, capability)]
+        fit = [t for t in WEIGHT_ONLY_TILES if problem.terms % t.bk == 0 and t.bm <= rows and runs(t, capability)]
         most = max(tile.bm for tile in fit)
         return [Plan(tile) for tile in fit if tile.bm == most]
     plans: list[Plan] = []
@@ -178,9 +182,10 @@ class Layer:
         self.geometry = Conv2dGeometry(padding=(p.side // 2, p.side // 2))
         z_w = torch.zeros(p.outputs, dtype=torch.int32, device=device)
         self.w_scale, self.bias = torch.rand(p.outputs, generator=rng, device=device) * 1e-3, torch.randn(p.outputs, device=device)
+        prepare = partial(self.home.prepare, few_rows=True) if p.few_rows else self.home.prepare
         arguments = (codes, self.w_scale, z_w) if p.floats else (codes, z_w, self.geometry) if p.side else (codes, z_w)
         copies = min(count, 1 + 2 * _L2_BYTES * 8 // (codes.numel() * p.bits))
-        self.states = [self.home.prepare(*arguments) for _ in range(copies)]
+        self.states = [prepare(*arguments) for _ in range(copies)]
         self.real = [one.to(torch.bfloat16) for one in self.x]
         self.weights = [codes.to(torch.bfloat16).contiguous(memory_format=format_) for _ in self.states]
         self.real_bias = self.bias.to(torch.bfloat16)
@@ -263,7 +268,7 @@ def tune(problem: Problem, device: torch.device) -> dict[str, Any]:
     plan = min(best, key=times.__getitem__)
     values = {"us": round(times[plan], 2), "bf16_us": round(times["baseline"], 2), "ratio": round(times["baseline"] / times[plan], 3)}
     tried = {label(p): round(t, 2) for p, t in sorted(times.items(), key=lambda item: item[1]) if p != "baseline"}
-    found = entry(problem.op, problem.rows, problem.outputs, problem.terms, plan, **values)
+    found = entry(problem.key, problem.rows, problem.outputs, problem.terms, plan, **values)
     return {"entry": found, "rows": problem.rows, "buffers": len(layer.x), "tried": tried, "faults": faults}
 
 

@@ -45,23 +45,28 @@ def implementation(op: str, backend: str) -> ModuleType:
 
 
 @integer_op
-def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, *, backend: str | None = None) -> PreparedWeight:
+def prepare(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, *, backend: str | None = None, few_rows: bool = False
+) -> PreparedWeight:
     """Pack a weight once: codes int8 [N, K] within [-8, 7], scale float32 [N] or [N, G], zero_point int like scale, bias float32 [N].
 
-    G: groups of K / G inputs, 64 or 128 each. backend: None = `qdm_kernels.backend.choose`. ValueError on wrong shapes or dtypes, other
-    groups, no inputs, or a backend that cannot run.
+    G: groups of K / G inputs, 64 or 128 each. backend: None = `qdm_kernels.backend.choose`. few_rows: most calls have 32 rows at most;
+    a GPU then keeps it
+    in an order that is read as fast as its memory allows. ValueError on wrong
+    shapes or dtypes, other groups, no inputs, or a backend that cannot run.
     """
-    return prepare_as("linear_w4a16", 4, codes, scale, zero_point, bias, backend)
+    return prepare_as("linear_w4a16", 4, codes, scale, zero_point, bias, backend, few_rows)
 
 
 def prepare_as(
-    op: str, bits: int, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, backend: str | None
+    op: str, bits: int, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, backend: str | None, few_rows: bool
 ) -> PreparedWeight:
     """`prepare` for one of the two ops; errors as there."""
     _check_weight(codes, scale, zero_point, bias, bits)
     name = _backend.choose(op, device=codes.device, backend=backend)
     kept = None if bias is None else bias.detach().float()
-    state = implementation(op, name).prepare(codes, scale.detach().float(), zero_point)
+    options = {"few_rows": few_rows} if name == "triton" else {}
+    state = implementation(op, name).prepare(codes, scale.detach().float(), zero_point, **options)
     return PreparedWeight(op, name, codes.shape[1], codes.shape[0], kept, state)
 
 

@@ -3,10 +3,15 @@
 Words of 16 bits hold four 4-bit codes plus 8, of four K-planes of 16 per block of 64: word j holds codes j, j + 16, j + 32, j + 48 from
 its lowest nibble up. `nibble | 0x4300` is the bfloat16 number 128 + nibble and `nibble | 0x6400` the float16 number 1024 + nibble, so one
 exact subtraction gives q - z. Group scales multiply the float32 sums of a group, never the weights: no rounding of its own.
+
+A layer that will see few rows alone is stored and multiplied otherwise (`few_rows`), where this triton has Gluon for it.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import import_module
+from types import ModuleType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +21,7 @@ from torch import Tensor
 
 from qdm_kernels.epilogue.reference import Epilogue, finish
 from qdm_kernels.epilogue.triton import store
-from qdm_kernels.gemm.tiles import GROUP_M, Tile, aligned, cdiv, weight_only_tile
+from qdm_kernels.gemm.tiles import GROUP_M, Tile, aligned, cdiv, few_rows_tile, weight_only_tile
 from qdm_kernels.gemm.triton import COMPILED, Call, Ready, follow, overlaps, tensors_of, tile_of, variant
 from qdm_kernels.layout import padded_length
 from qdm_kernels.linear_w4a16.reference import dequantize
@@ -107,24 +112,30 @@ def linear_kernel(
 
 @dataclass(frozen=True)
 class State:
-    """words: int16 [N, ceil64(K) / 4], or int8 [N, ceil64(K)]; scale: float32 [N, G]; zero_point: int8 [N, G]; inputs: K."""
+    """A packed weight.
+
+    Attributes:
+        words: int16 [N, ceil64(K) / 4], or int8 [N, ceil64(K)]; int32 of `few_rows.triton.pack` where chunk is not 0.
+        scale: float32 [N, G].
+        zero_point: int8 [N, G].
+        inputs: K.
+        bits: 4 or 8.
+        chunk: inputs of a chunk of `few_rows`; 0 = rows.
+    """
 
     words: Tensor
     scale: Tensor
     zero_point: Tensor
     inputs: int
+    bits: int
+    chunk: int = 0
     strategy: str = "triton"
     reason: str | None = None
 
     @property
     def outputs(self) -> int:
         """N."""
-        return self.words.shape[0]
-
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return 4 if self.words.dtype == torch.int16 else 8
+        return self.scale.shape[0]
 
     @property
     def padded(self) -> int:
@@ -137,20 +148,36 @@ class State:
         return Ready()
 
 
-def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 4) -> State:
+@cache
+def few_rows_kernel() -> ModuleType | None:
+    """The module of layers of few rows; None = this triton has another Gluon, or is the interpreter, which has none."""
+    try:
+        return import_module("qdm_kernels.few_rows.triton") if COMPILED else None
+    except ImportError:
+        return None
+
+
+def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 4, *, few_rows: bool = False) -> State:
     """Pack four codes to a word, or with 8 bits pad them to whole blocks of 64; arguments as in `op.prepare`."""
     n, k = codes.shape
+    factors = scale.reshape(n, -1).contiguous(), zero_point.reshape(n, -1).to(torch.int8).contiguous()
+    few = few_rows_kernel() if few_rows else None
+    if few is not None:
+        chunk = few.chunk_inputs(k, bits, k // factors[0].shape[1] if factors[0].shape[1] > 1 else 0)
+        return State(few.pack(codes, bits, chunk), *factors, k, bits, chunk)
     if bits == 4:
         planes = F.pad(codes.to(torch.int32) + 8, (0, padded_length(k) - k), value=8).unflatten(1, (-1, 4, 16))
         words = sum(planes[:, :, p] << 4 * p for p in range(4)).to(torch.int16).flatten(1).contiguous()
     else:
         words = F.pad(codes, (0, padded_length(k) - k)).contiguous()
-    return State(words, scale.reshape(n, -1).contiguous(), zero_point.reshape(n, -1).to(torch.int8).contiguous(), k)
+    return State(words, *factors, k, bits)
 
 
 def codes_of(state: State) -> Tensor:
     """Inverse of `prepare`: int8 [N, K]."""
-    if state.words.dtype == torch.int8:
+    if state.chunk:
+        return cast(ModuleType, few_rows_kernel()).unpack(state.words, state.bits, state.outputs, state.inputs)
+    if state.bits == 8:
         return state.words[:, : state.inputs]
     planes = [((state.words.unflatten(1, (-1, 1, 16)) >> 4 * p) & 0xF) - 8 for p in range(4)]
     return torch.cat(planes, 2).flatten(1)[:, : state.inputs].to(torch.int8)
@@ -162,13 +189,16 @@ def linear(x: Tensor, bias: Tensor | None, state: State, end: Epilogue, *, tile:
         weight = dequantize(codes_of(state), state.scale, state.zero_point, torch.float32)
         return finish(F.linear(x.float(), weight, bias), end)
     (m, k), n = x.shape, state.outputs
-    out = torch.empty((m, n), dtype=end.out_dtype, device=x.device)
     if m == 0:
-        return out
+        return torch.empty((m, n), dtype=end.out_dtype, device=x.device)
+    residual = None if end.residual is None else end.residual.contiguous()
+    if state.chunk:
+        few = cast(ModuleType, few_rows_kernel())
+        return few.run(x, state, bias, end.activation, residual, end.out_dtype, tile or few_rows_tile(n, k, x.device, state.bits))
+    out = torch.empty((m, n), dtype=end.out_dtype, device=x.device)
     if k % 16:
         x = F.pad(x, (0, state.padded - k))
     x = aligned(x)
-    residual = None if end.residual is None else end.residual.contiguous()
     tensors = (x, state.words, state.scale, state.zero_point, bias, residual, out)
     key = (m, x.shape[1], tile, end.activation, tensors_of(tensors))
     call = state.ready.get(key)

@@ -11,6 +11,8 @@ register("linear_w8a16")
 
 
 @integer_op
-def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, *, backend: str | None = None) -> PreparedWeight:
+def prepare(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, *, backend: str | None = None, few_rows: bool = False
+) -> PreparedWeight:
     """Pack a weight once: codes int8 [N, K]; the rest and the errors as in `linear_w4a16.op.prepare`."""
-    return prepare_as("linear_w8a16", 8, codes, scale, zero_point, bias, backend)
+    return prepare_as("linear_w8a16", 8, codes, scale, zero_point, bias, backend, few_rows)

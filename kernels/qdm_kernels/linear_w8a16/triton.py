@@ -8,6 +8,6 @@ from qdm_kernels.linear_w4a16.triton import prepare as _prepare
 __all__ = ["State", "linear", "prepare"]
 
 
-def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor) -> State:
+def prepare(codes: Tensor, scale: Tensor, zero_point: Tensor, *, few_rows: bool = False) -> State:
     """Pad the codes to whole blocks of 64; arguments as in `op.prepare`."""
-    return _prepare(codes, scale, zero_point, bits=8)
+    return _prepare(codes, scale, zero_point, bits=8, few_rows=few_rows)

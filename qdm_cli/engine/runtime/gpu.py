@@ -82,7 +82,7 @@ def make_form(layer: PackedLayer) -> Form:
         return Form(choice, None, zero, *expanded(layer, layer.compute_dtype))
     parts = layer.stored_parts()
     if choice.kernel == "weights":
-        return Form(choice, (linear_w4a16 if spec.bits_w <= 4 else linear_w8a16).prepare(*parts), zero)
+        return Form(choice, (linear_w4a16 if spec.bits_w <= 4 else linear_w8a16).prepare(*parts, few_rows=layer.few_rows), zero)
     prepared = prepare_integers(layer, *parts)
     _share_storage_(layer, prepared)
     return Form(choice, prepared, zero)

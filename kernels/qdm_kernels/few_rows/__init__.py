@@ -1,0 +1,1 @@
+"""Weight-only linear layers of few rows, bound by the bytes of their weights."""
