@@ -124,6 +124,29 @@ def test_weight_only_layers_on_random_shapes(groups: int, dtype: torch.dtype) ->
         assert ((got.double() - want).abs() <= torch.finfo(dtype).eps * want.abs() + 1e-5 * size).all(), (m, n, k)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("bits", "groups"), [(4, 0), (8, 0), (4, 64), (4, 128), (8, 64), (8, 128)])
+def test_layers_of_few_rows(bits: int, groups: int, dtype: torch.dtype) -> None:
+    """Every code and zero point, any number of rows and outputs; a row does not depend on its neighbours."""
+    op, low, rng = weight_only if bits == 4 else weight_only8, -(1 << bits - 1), random.Random(6)
+    for i in range(COUNT // 5):
+        m, n = rng.choice([1, 2, 7, 8, 9, 16, 40]), rng.choice([1, 15, 33, 130, 2304])
+        k = groups * rng.choice([1, 2, 5]) if groups else rng.choice([1, 63, 192, 320, 1152, 1153, 3072])
+        generator = torch.Generator().manual_seed(i)
+        codes = torch.randint(low, -low, (n, k), generator=generator, dtype=torch.int8).to(GPU)
+        scale, bias = floats(n, *([k // groups] if groups else []), seed=1).abs() * 0.01 + 1e-3, floats(n, seed=2)
+        zero = torch.randint(low, -low, scale.shape, generator=generator, dtype=torch.int32).to(GPU)
+        x, residual = floats(m, k, seed=i, dtype=dtype), floats(m, n, seed=i + 1, dtype=dtype)
+        layer = op.prepare(codes, scale, zero, bias, backend="triton", few_rows=True)
+        got = weight_only.linear(x, layer, residual=residual)
+        assert torch.equal(weight_only.linear(x[-1:], layer, residual=residual[-1:]), got[-1:])
+        size = scale.double().reshape(n, -1, 1)
+        weight = ((codes.double().unflatten(1, (-1, groups or k)) - zero.double().reshape(n, -1, 1)) * size).flatten(1)
+        want = x.double() @ weight.T + bias.double() + residual.double()
+        room = x.double().abs() @ weight.abs().T + bias.abs().double() + residual.abs().double()
+        assert ((got.double() - want).abs() <= torch.finfo(dtype).eps * want.abs() + 1e-5 * room).all(), (m, n, k)
+
+
 def test_not_finite_activations_follow_the_rule() -> None:
     """Infinities saturate, NaN becomes the code of zero, a scale of zero keeps zeros and saturates the rest; nothing wraps."""
     x = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, 1.0, -1.0, 3e38], device=GPU).repeat(40, 3)
