@@ -107,6 +107,7 @@ class Route:
         self._middle = tuple(None if _is_hook(one) else one for one in heard[_BEFORE:first])
         if any(isinstance(one, Tensor) for one in self._middle):
             raise TypeError("the kernel takes memory of its own, allocated for every launch")
+        self._expand: Callable[..., Any]
         raw, self._expand = _unwrapped(launcher) if described else (launcher, _unwrapped)
         self.go = _go(raw, known.function, self._middle, self._nested)
 
