@@ -20,7 +20,8 @@ from qdm_kernels.geometry import Conv2dGeometry
 
 BACKENDS = ("triton", "cpu", "reference")
 STRATEGIES = ("onednn", "fp32")
-PRODUCERS = ("quantize", "layer_norm_quantize", "group_norm_quantize", "gelu_quantize")  # floats in, codes out
+# floats in, codes out; heads of attention stay floats
+PRODUCERS = ("quantize", "layer_norm_quantize", "group_norm_quantize", "gelu_quantize", "rms_norm_rotary")
 OPS = (*PRODUCERS, "linear_w8a8", "linear_w4a8", "linear_w4a16", "linear_w8a16", "conv2d_w8a8", "conv2d_w4a8")
 LEAST_CAPABILITY = (8, 0)  # int8 tensor cores with 32 inputs at a time; triton compiles no int8 product below
 

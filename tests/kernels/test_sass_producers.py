@@ -18,6 +18,7 @@ from qdm_kernels.group_norm_quantize.triton import apply_kernel, moments_kernel
 from qdm_kernels.layer_norm_quantize import triton as layer_norm
 from qdm_kernels.layer_norm_quantize.triton import layer_norm_kernel
 from qdm_kernels.quantize import triton as quantize
+from qdm_kernels.rms_norm_rotary.triton import rms_norm_rotary_kernel
 
 SCALES = {"scale_ptr": "*fp32", "zero_ptr": "*i32", "step_ptr": "*i32", "out_ptr": "*i8", "x_ptr": "*bf16", "gain_ptr": "*fp32"}
 CODES = {"TABLES": 3, "LOW": -128, "HIGH": 127, "HAS_GAIN": True, "GAIN_TABLE": True}
@@ -72,3 +73,24 @@ def test_counts_of_one() -> None:
         quantize.quantize(torch.zeros(1), one, zero, 8, None)
         quantize.quantize_per_token(torch.zeros(1, 1), 8)
     assert len(launches) == 18
+
+
+HEADS = {"TOKENS": "i32", "TOTAL": "i32", "AT": "i32", "SAMPLE_STRIDE": "i32", "TOKEN_STRIDE": "i32", "EPS": "fp32"}
+TURNS = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("width", "dtype", "values"), [(128, "bf16", True), (128, "bf16", False), (96, "fp16", True), (64, "fp32", True)], ids=str
+)
+def test_heads_of_queries_and_keys(width: int, dtype: str, values: bool, capability: int) -> None:
+    """16 bytes at a time, but for the weights; no detour through shared memory between lines of a head."""
+    names = [f"{one}{end}_ptr" for one in "qkv"[: 2 + values] for end in ("", "_out")] + ["q_weight_ptr", "k_weight_ptr"]
+    block = 128 if width == 96 else width
+    fixed = {"HEADS": 24, "D": width, "Q_WEIGHT": True, "K_WEIGHT": True, "HB": 8, "BT": 1024 // block, "BLOCK": block, "OVERLAP": False}
+    types = HEADS | TURNS | dict.fromkeys(names, f"*{dtype}")
+    code = compile_for(rms_norm_rotary_kernel, capability, types, fixed, odd=("TOKENS", "TOTAL", "AT"))
+    code.check(dot=None, copies=False, registers=64)
+    assert code.count(r"\bSTG\.E\.128\b") == code.count(r"\bSTG\.") > 0
+    assert code.count(r"\bLDG\.") - code.count(r"\bLDG\.E\.128\b") <= 2
+    assert code.count(r"\bBAR\.SYNC\b") <= 2

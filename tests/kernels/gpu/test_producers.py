@@ -100,6 +100,16 @@ def test_gelus_on_random_shapes(dtype: torch.dtype) -> None:
         oracle.check_rows(*gelu_quantize_per_token(x, gated=gated, approximate=approximate), exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_of_queries_and_keys_on_random_shapes(dtype: torch.dtype) -> None:
+    rng = random.Random(6)
+    for i in range(COUNT // 3):
+        tokens, at, rest = rng.randint(1, 70), rng.choice([0, 1, 16, 77]), rng.choice([0, 0, 5])
+        heads, width = rng.choice([1, 2, 10, 24]), rng.choice([2, 64, 96, 128, 320])
+        how = {"batch": rng.randint(1, 3), "weighted": i % 3 > 0, "values": i % 2 > 0, "joint": i % 5 > 0}
+        oracle.check_heads(tokens, at, at + tokens + rest, heads, width, dtype, GPU, **how)
+
+
 @pytest.mark.parametrize(
     ("groups", "dtype"), [(0, torch.bfloat16), (0, torch.float16), (64, torch.bfloat16), (128, torch.float16)], ids=str
 )
