@@ -12,9 +12,15 @@ from typing import Any
 import torch
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +32,7 @@ from qdm_cli.engine.runtime.fused import FusedBasicTransformerBlock, FusedResnet
 from qdm_cli.engine.runtime.modules import PackedLinear
 from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import SharedInput, same_codes
+from qdm_kernels.rms_norm_rotary.op import rms_norm_rotary_
 
 _HALF_MAX = 65504
 
@@ -140,11 +147,14 @@ class GpuFluxBlock(FluxTransformerBlock):
         x, text, attn = hidden_states, encoder_hidden_states, self.attn
         first, second, gates = _modulations(self.norm1, temb)
         first_text, second_text, gates_text = _modulations(self.norm1_context, temb)
-        attended = attn(
-            hidden_states=fused.layer_norm(self.norm1.norm, x, _reader(attn), first),
-            encoder_hidden_states=fused.layer_norm(self.norm1_context.norm, text, _reader(attn, "add_q_proj"), first_text),
-            image_rotary_emb=image_rotary_emb,
-        )
+        read = fused.layer_norm(self.norm1.norm, x, _reader(attn), first)
+        read_text = fused.layer_norm(self.norm1_context.norm, text, _reader(attn, "add_q_proj"), first_text)
+        y = flux_heads(attn, read, read_text, image_rotary_emb)
+        if y is None:
+            attended = attn(hidden_states=read, encoder_hidden_states=read_text, image_rotary_emb=image_rotary_emb)
+        else:
+            length = text.shape[1]
+            attended = attn.to_out[0](y[:, length:]), attn.to_add_out(y[:, :length])
         x, text = _gated(x, gates[0], attended[0]), _gated(text, gates_text[0], attended[1])
         x = feed(self.ff, fused.layer_norm(self.norm2, x, self.ff.net[0].proj, second), x, gates[1])
         read = fused.layer_norm(self.norm2_context, text, self.ff_context.net[0].proj, second_text)
@@ -172,12 +182,14 @@ class GpuFluxSingleBlock(FluxSingleTransformerBlock):
     ) -> tuple[Tensor, Tensor]:
         if joint_attention_kwargs or not _fuses(hidden_states, self) or not self._known_here():
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        x = _adjacent(encoder_hidden_states, hidden_states)
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
         read = fused.layer_norm(self.norm.norm, x, self.proj_mlp, (scale, shift))
         mlp = fused.gelu_layer(self.proj_mlp, self.proj_out, read, "tanh")
-        attended = fused.codes(self.attn(hidden_states=read, image_rotary_emb=image_rotary_emb), self.proj_out)
-        x = _gated(x, gate, self.proj_out(torch.cat([attended, mlp], dim=2)))
+        attended = flux_heads(self.attn, read, None, image_rotary_emb)
+        if attended is None:
+            attended = self.attn(hidden_states=read, image_rotary_emb=image_rotary_emb)
+        x = _gated(x, gate, self.proj_out(torch.cat([fused.codes(attended, self.proj_out), mlp], dim=2)))
         x = x.clip(-_HALF_MAX, _HALF_MAX) if x.dtype == torch.float16 else x
         length = encoder_hidden_states.shape[1]
         return x[:, :length], x[:, length:]
@@ -250,6 +262,63 @@ def attend(attn: Attention, x: Tensor, context: Tensor | None, residual: Tensor,
     q, k, v = (one.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for one in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return fused.add(attn.to_out[0], y, residual) if gate is None else _gated(residual, gate, attn.to_out[0](y))
+
+
+def flux_heads(attn: FluxAttention, x: Tensor, text: Tensor | None, rotary: Any) -> Tensor | None:
+    """Attention as `FluxAttnProcessor` before its last products: x [B, L, K], text [B, T, K] or their codes -> [B, T + L, H D].
+
+    None = the processor has to compute it. Values are copied only where a text precedes them. rotary: (cos, sin) [T + L, D].
+    """
+    length = 0 if text is None else text.shape[1]
+    if not (_plain_flux_attention(attn, text is not None, x.device) and _turns(rotary, (length + x.shape[1], attn.head_dim), x.device)):
+        return None
+    heads = _heads(attn, ("to_q", "to_k", "to_v"), x)
+    q, k = (heads[0].new_empty((len(x), length + x.shape[1], *heads[0].shape[2:])) for _ in range(2))
+    v = heads[2] if text is None else torch.empty_like(q)
+    out, given = ((q, k, None), (*heads[:2], None)) if text is None else ((q, k, v), heads)
+    norms = (attn.norm_q, attn.norm_k)
+    rms_norm_rotary_(out, given, rotary, weights=(norms[0].weight, norms[1].weight), at=length, eps=norms[0].eps)
+    if text is not None:
+        norms, heads = (attn.norm_added_q, attn.norm_added_k), _heads(attn, ("add_q_proj", "add_k_proj", "add_v_proj"), text)
+        rms_norm_rotary_(out, heads, rotary, weights=(norms[0].weight, norms[1].weight), eps=norms[0].eps)
+    return dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend).flatten(2)
+
+
+def _heads(attn: FluxAttention, names: tuple[str, str, str], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, L, H, D] of one stream, where they may be columns of one product."""
+    q, k, v = fused.together(tuple(getattr(attn, name) for name in names), x)
+    return tuple(one.unflatten(-1, (-1, attn.head_dim)) for one in (q, k, v))  # type: ignore[return-value]
+
+
+def _plain_flux_attention(attn: FluxAttention, with_text: bool, device: torch.device) -> bool:
+    """Is all of it RMSNorm on this device, rotation and softmax(q k) v, with nobody watching?"""
+    if (attn.added_kv_proj_dim is not None) != with_text or attn.fused_projections or hasattr(attn, CHILD):
+        return False
+    pairs = [(attn.norm_q, attn.norm_k), *([(attn.norm_added_q, attn.norm_added_k)] if with_text else [])]
+    norms, after = [norm for pair in pairs for norm in pair], list(getattr(attn, "to_out", ()))[1:]
+    known = all(type(norm) is nn.RMSNorm and norm.normalized_shape == (attn.head_dim,) and norm.eps is not None for norm in norms)
+    known = known and all(a.eps == b.eps for a, b in pairs) and all(isinstance(one, nn.Dropout) for one in after)
+    here = all(norm.weight is None or norm.weight.device == device for norm in norms)  # elsewhere where weights are offloaded
+    return known and here and attn.processor._parallel_config is None and unhooked(attn, *norms, *after)
+
+
+def _turns(rotary: Any, shape: tuple[int, int], device: torch.device) -> bool:
+    """Is it a pair of cosines and sines, one for each token and column?"""
+    pair = isinstance(rotary, tuple | list) and len(rotary) == 2
+    return pair and all(
+        isinstance(one, Tensor) and one.is_floating_point() and one.shape == shape and one.device == device for one in rotary
+    )
+
+
+def _adjacent(first: Tensor, second: Tensor) -> Tensor:
+    """The two along axis 1: [B, T, K], [B, L, K] -> [B, T + L, K], without a copy where they are parts of such a tensor."""
+    whole = (len(first), first.shape[1] + second.shape[1], first.shape[2])
+    strides = (whole[1] * whole[2], whole[2], 1)
+    together = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr() and first.dtype == second.dtype
+    follows = second.storage_offset() == first.storage_offset() + first.shape[1] * whole[2]
+    if together and follows and first.stride() == second.stride() == strides and first.shape[::2] == second.shape[::2]:
+        return first.as_strided(whole, strides)
+    return torch.cat([first, second], dim=1)
 
 
 def feed(mlp: FeedForward, x: Tensor, residual: Tensor, gate: Tensor | None = None) -> Tensor:

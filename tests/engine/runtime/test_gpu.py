@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -15,7 +16,7 @@ from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.models.tiny import tiny_denoiser
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
 from qdm_cli.engine.runtime import choice
-from qdm_cli.engine.runtime.gpu_blocks import fuse_gpu_blocks_
+from qdm_cli.engine.runtime.gpu_blocks import flux_heads, fuse_gpu_blocks_
 from qdm_cli.engine.runtime.graphs import Graphs
 from qdm_cli.engine.runtime.modules import pack_denoiser_, packed_from_state
 from qdm_cli.engine.runtime.packed import PackedLayer
@@ -31,6 +32,7 @@ POLICIES = {
     "dynamic": {"act_mode": "dynamic", "act_symmetric": True},
 }
 CASES = [("sd", "w8a8"), ("flux", "w4a8"), ("dit", "symmetric"), ("ddpm", "w4a8"), ("sd", "weight-only"), ("flux", "dynamic")]
+FLUX_ATTENTIONS: list[dict[str, Any]] = [{"added_kv_proj_dim": 3072, "context_pre_only": False}, {"pre_only": True}]
 
 
 def packed_on(device: str, name: str, make_state, mode: str = "exact", dtype: torch.dtype = torch.float32, **policy) -> nn.Module:
@@ -108,7 +110,9 @@ def test_one_graph_serves_every_step(name: str, mode: str, make_state) -> None:
         assert relative(out, wanted[1000.0 - timestep]) > 2 * relative(out, wanted[timestep])
 
 
-@pytest.mark.parametrize(("name", "policy"), [("sd", "w8a8"), ("sdxl", "symmetric"), ("dit", "w4a8"), ("flux", "symmetric")])
+@pytest.mark.parametrize(
+    ("name", "policy"), [("sd", "w8a8"), ("sdxl", "symmetric"), ("dit", "w4a8"), ("flux", "symmetric"), ("flux", "w4a8")]
+)
 @torch.no_grad()
 def test_fused_blocks_compute_what_their_parts_do(name: str, policy: str, make_state, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_CUDA", ())  # integers in tiny layers too
@@ -127,6 +131,26 @@ def test_fused_blocks_compute_what_their_parts_do(name: str, policy: str, make_s
     assert relative(replayed, got) < 1e-3
     fuse_gpu_blocks_(model, enabled=False)
     assert relative(got, answer(model, call)) < 0.05
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@torch.no_grad()
+def test_attention_of_flux_is_that_of_its_processor(dtype: torch.dtype, batch: int) -> None:
+    """At FLUX's widths, in floats: both kinds of block."""
+    torch.manual_seed(0)
+    double, single = (FluxAttention(3072, heads=24, dim_head=128, out_dim=3072, bias=True, eps=1e-6, **extra) for extra in FLUX_ATTENTIONS)
+    for attn in (double.to("cuda", dtype), single.to("cuda", dtype)):
+        attn.norm_q.weight.add_(torch.rand_like(attn.norm_q.weight))
+    x, text = torch.randn(batch, 250, 3072).to("cuda", dtype), torch.randn(batch, 77, 3072).to("cuda", dtype)
+    angles = torch.rand(327, 64, device="cuda").mul(6).repeat_interleave(2, 1)
+    rotary = angles.cos(), angles.sin()
+    alone = rotary[0][:250], rotary[1][:250]
+    y = flux_heads(double, x, text, rotary)
+    got = double.to_out[0](y[:, 77:]), double.to_add_out(y[:, :77]), flux_heads(single, x, None, alone)
+    want = *double(x, text, image_rotary_emb=rotary), single(x, image_rotary_emb=alone)
+    for a, b in zip(got, want, strict=True):
+        assert relative(a, b) < max(4 * torch.finfo(dtype).eps, 2e-3)  # TF32 products
 
 
 def share_ranges(state: Any) -> list[tuple[Any, str]]:

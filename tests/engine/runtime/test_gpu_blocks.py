@@ -14,7 +14,7 @@ from torch import nn
 
 from qdm_cli.engine.models.tiny import tiny_denoiser
 from qdm_cli.engine.plan.inputs import CallShape, example_inputs
-from qdm_cli.engine.runtime import choice, gpu, gpu_fused
+from qdm_cli.engine.runtime import choice, gpu, gpu_blocks, gpu_fused
 from qdm_cli.engine.runtime.choice import Choice, Machine
 from qdm_cli.engine.runtime.gpu import prepare_integers
 from qdm_cli.engine.runtime.gpu_blocks import GPU_BLOCKS, fuse_gpu_blocks_
@@ -22,6 +22,7 @@ from qdm_cli.engine.runtime.modules import pack_denoiser_, packed_from_state
 from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import SharedInput
 from qdm_kernels.attention import op as attention_op
+from qdm_kernels.rms_norm_rotary.op import rms_norm_rotary_
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,111 @@ def test_a_fused_denoiser_computes_the_same(name: str, kernels: set[str], policy
     want = model(**call, return_dict=False)[0]
     # a norm that differs in its last bit turns a code now and then; a wrong operand gives 0.1 and more
     assert float((got - want).norm() / want.norm()) < 2e-2
+
+
+def _flux(make_state, *, shared: bool = True, joint: bool = False, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+    """A packed FLUX of one block of each kind, and a call of it. joint: the CPU's operand stands in for the GPU's."""
+    model = tiny_denoiser("flux").eval().requires_grad_(False)
+    state = make_state(model, symmetric=True, bits_w=8)
+    if shared:
+        _one_range_per_reader(state)
+    pack_denoiser_(model.to(dtype), state, "auto")
+    for layer in model.modules():
+        if joint and isinstance(reuse := getattr(layer, "reuse", None), SharedInput):
+            reuse._prepared = prepare_integers(layer, *_rows(reuse.layers()))
+    torch.manual_seed(0)
+    call = example_inputs(model, CallShape(2, 2, (8, 8)), "cpu", dtype) | {"timestep": torch.full((2,), 390.0), "return_dict": False}
+    return model, call
+
+
+@pytest.fixture
+def turned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """(first token, whether values move too) of every call of the kernel of heads."""
+    calls: list[tuple[int, bool]] = []
+
+    def call(out: Any, heads: Any, rotary: Any, **options: Any) -> None:
+        calls.append((options.get("at", 0), heads[2] is not None))
+        rms_norm_rotary_(out, heads, rotary, **options)
+
+    monkeypatch.setattr(gpu_blocks, "rms_norm_rotary_", call)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", [{}, {"joint": True}, {"shared": False}], ids=["together", "one product", "ranges of their own"])
+@torch.no_grad()
+def test_flux_with_heads_turned_in_place_computes_the_same(how: dict, dtype: torch.dtype, turned, make_state) -> None:
+    model, call = _flux(make_state, dtype=dtype, **how)
+    got = model(**call)[0]
+    text = call["encoder_hidden_states"].shape[1]
+    assert turned == [(text, True), (0, True)] + [(0, False)] * how.get("shared", True)
+    fuse_gpu_blocks_(model, enabled=False)
+    want = model(**call)[0]
+    assert got.dtype == dtype
+    assert float((got - want).norm() / want.norm()) < (2e-2 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_attention_of_flux_is_that_of_its_processor(dtype: torch.dtype) -> None:
+    """In floats, where nothing hides a wrong row: both kinds of block, two images, weights that are not 1."""
+    model = tiny_denoiser("flux").eval()
+    for norm in (module for module in model.modules() if isinstance(module, nn.RMSNorm)):
+        norm.weight.copy_(torch.rand_like(norm.weight) + 0.5)
+    model.to(dtype)
+    double, single = model.transformer_blocks[0].attn, model.single_transformer_blocks[0].attn
+    x, text = torch.randn(2, 12, 64).to(dtype), torch.randn(2, 5, 64).to(dtype)
+    rotary = model.pos_embed(torch.arange(17 * 3).view(17, 3).float())
+    y = gpu_blocks.flux_heads(double, x, text, rotary)
+    got = double.to_out[0](y[:, 5:]), double.to_add_out(y[:, :5]), gpu_blocks.flux_heads(single, x, None, (rotary[0][:12], rotary[1][:12]))
+    want = *double(x, text, image_rotary_emb=rotary), single(x, image_rotary_emb=(rotary[0][:12], rotary[1][:12]))
+    for a, b in zip(got, want, strict=True):
+        assert float((a - b).norm() / b.norm()) < 4 * torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+def test_whatever_else_attention_of_flux_does_stays_with_diffusers(make_state) -> None:
+    model, call = _flux(make_state)
+    attn = model.transformer_blocks[0].attn
+    x, text, rotary = torch.randn(2, 4, 64), torch.randn(2, 3, 64), model.pos_embed(torch.zeros(7, 3))
+
+    def refused(attn: nn.Module = attn, rotary: Any = rotary) -> bool:
+        return gpu_blocks.flux_heads(attn, x, text, rotary) is None
+
+    assert not refused()
+    for wrong in (None, torch.zeros(7, 32), (rotary[0], rotary[1][1:]), (torch.complex(*rotary), rotary[1])):
+        assert refused(rotary=wrong)
+    seen: list[int] = []
+    with attn.norm_q.register_forward_hook(lambda *_: seen.append(1)):
+        assert refused()
+        model(**call)
+    assert seen
+    for path, value in (
+        ("norm_k", nn.LayerNorm(32)),
+        ("fused_projections", True),
+        ("norm_added_q.eps", 1e-3),
+        ("processor._parallel_config", 1),
+    ):
+        twin = copy.deepcopy(attn)
+        *owner, name = path.split(".")
+        setattr(getattr(twin, owner[0]) if owner else twin, name, value)
+        assert refused(twin), path
+    assert not refused()
+
+
+def test_streams_that_lie_side_by_side_are_not_copied() -> None:
+    x = torch.arange(2 * 7 * 4.0).view(2, 7, 4)
+    whole = gpu_blocks._adjacent(x[:, :3], x[:, 3:])
+    assert whole.data_ptr() == x.data_ptr()
+    assert torch.equal(whole, x)
+    for first, second in (
+        (x[:, 3:], x[:, :3]),
+        (x[:, :3], x[:, 4:]),
+        (x[:, :3], x[:, 3:].clone()),
+        (x[:, :3], x[:, 3:6]),
+        (x[:1, :3], x[1:, :4]),
+    ):
+        assert torch.equal(gpu_blocks._adjacent(first, second), torch.cat([first, second], 1))
 
 
 def _one_range_per_reader(state: Any) -> None:
