@@ -95,6 +95,8 @@ def test_quantizers() -> None:
     assert len({id(launch.variant) for launch in launches}) == 2
     for launch in launches[:2]:
         launch.code.check(dot=None, copies=False, registers=64)
+        assert launch.code.count(r"\bLDG\.E\.128\b") > 0
+        assert launch.code.count(r"\bSTG\.E\.(64|128)\b") > 0
 
 
 @pytest.mark.parametrize("bits", [4, 8])

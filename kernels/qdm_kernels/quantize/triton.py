@@ -15,7 +15,8 @@ _LONGEST_BLOCK = 8192  # entries of a row held in registers at a time
 _ready: Ready[Call] = Ready(4096)
 
 
-@triton.jit(do_not_specialize=["COUNT"], do_not_specialize_on_alignment=["scale_ptr", "zero_ptr", "step_ptr"])
+# COUNT is specialised: masked accesses take 16 bytes at once only where it is known to be a multiple of 16.
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr", "zero_ptr", "step_ptr"])
 def quantize_kernel(
     x_ptr, scale_ptr, zero_ptr, step_ptr, out_ptr, COUNT,
     TABLES: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
@@ -25,9 +26,9 @@ def quantize_kernel(
         follow()
     block = tl.program_id(0)
     at = (block.to(tl.int64) if WIDE else block) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < COUNT, other=0.0).to(tl.float32)  # under way while the step and its row are read
     inverse = tl.div_rn(1.0, pick(scale_ptr, step_ptr, TABLES & 1))
     zero = pick(zero_ptr, step_ptr, TABLES & 2)
-    x = tl.load(x_ptr + at, mask=at < COUNT, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, to_codes(x, inverse, zero, LOW, HIGH), mask=at < COUNT)
 
 
@@ -85,7 +86,7 @@ def _quantize_call(x: Tensor, tensors: tuple[Tensor | None, ...], tables: int, b
     count = x.numel()
     constants = (tables, -(1 << bits - 1), (1 << bits - 1) - 1, count >= 1 << 31, _BLOCK, overlaps(x.device))
     return Call(
-        quantize_kernel, (cdiv(count, _BLOCK), 1, 1), ("quantize", x.device.index, variant(x), kinds(*tensors), constants),
+        quantize_kernel, (cdiv(count, _BLOCK), 1, 1), ("quantize", x.device.index, variant(x, count), kinds(*tensors), constants),
         (count, *constants), {"num_warps": 8, "launch_pdl": constants[-1]},
     )  # fmt: skip
 
