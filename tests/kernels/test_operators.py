@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qdm_kernels.backend import Exact
+from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.linear_w8a8 import op
 from qdm_kernels.prepared import flatten, unflatten
 from qdm_kernels.quantize.op import quantize, quantize_per_token
@@ -36,8 +37,9 @@ def operands(draw, layer: op.PreparedLinear, **extra: object) -> tuple:
         {},
         {"activation": "silu", "residual": torch.ones(2, 5, 24, dtype=torch.bfloat16), "out_dtype": torch.bfloat16},
         {"activation": "gelu_tanh", "out_dtype": torch.int8, "out_scale": SCALES, "out_zero_point": ZEROS},
+        {"activation": "geglu", "out_dtype": torch.int8, "out_scale": SCALES, "out_zero_point": ZEROS},
     ],
-    ids=["plain", "residual", "int8"],
+    ids=["plain", "residual", "int8", "gated"],
 )
 def test_opcheck_linear(draw, layer: op.PreparedLinear, extra: dict) -> None:
     torch.library.opcheck(torch.ops.qdm.linear_w8a8.default, operands(draw, layer, **extra))
@@ -93,6 +95,25 @@ def test_epilogues(draw, layer: op.PreparedLinear) -> None:
     assert torch.allclose(got.double(), want, rtol=2**-10, atol=1e-4)
     got = op.linear(codes, SCALES[0], zero, layer, out_dtype=torch.int8, out_scale=SCALES[1], out_zero_point=ZEROS[0])
     assert torch.equal(got, quantize(y, SCALES[1], ZEROS[0], 8))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gated_outputs(draw, backend: str) -> None:
+    """[value, gate] -> value * gelu(gate), then residual and codes; an odd number of outputs, and other layers, have no gates."""
+    codes, zero, w = draw((3, 96)), torch.tensor(0), draw((24, 96), -8, 7)
+    layer = op.prepare(w, torch.rand(24) * 1e-3, torch.zeros(24, dtype=torch.int32), torch.randn(24), backend=backend)
+    value, gate = op.linear(codes, SCALES[0], zero, layer).chunk(2, -1)
+    residual, want = torch.randn(3, 12), value * torch.nn.functional.gelu(gate)
+    assert torch.equal(op.linear(codes, SCALES[0], zero, layer, activation="geglu", residual=residual), want + residual)
+    got = op.linear(codes, SCALES[0], zero, layer, activation="geglu", out_dtype=torch.int8, out_scale=SCALES[1], out_zero_point=ZEROS[0])
+    assert torch.equal(got, quantize(want, SCALES[1], ZEROS[0], 8))
+    with pytest.raises(ValueError, match=r"residual has the output's shape, \(3, 12\)"):
+        op.linear(codes, SCALES[0], zero, layer, activation="geglu", residual=torch.randn(3, 24))
+    odd = op.prepare(w[:23], torch.rand(23), torch.zeros(23, dtype=torch.int32), None, backend=backend)
+    with pytest.raises(ValueError, match="halves the outputs of a linear layer with integer codes, got 23"):
+        op.linear(codes, SCALES[0], zero, odd, activation="geglu")
+    with pytest.raises(ValueError, match="of no other"):
+        Epilogue("geglu").check()
 
 
 def test_states_survive_text(draw, probe_as) -> None:

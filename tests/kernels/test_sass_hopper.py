@@ -41,6 +41,21 @@ def test_linear(tile: Tile, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+def test_gated_linear(bits: int) -> None:
+    """Values and gates are two boxes of one tile; nothing spills, and codes leave in words."""
+    state = linear.prepare(torch.zeros((640, 384), dtype=torch.int8), torch.zeros(640, dtype=torch.int32), bits)
+    end, tile = Epilogue("geglu", None, torch.int8, ONE, ZERO, ZERO), TMA_TILES[0]
+    with recorded(90, hopper.linear_kernel) as launches:
+        x = torch.zeros((300, 384), dtype=torch.int8)
+        linear.launch(x, ZERO, state, torch.int8, x_scale=ONE, w_scale=torch.ones(640), end=end, plan=Plan(tile))
+    (launch,) = launches
+    assert launch.grid == (3 * 5, 1, 1)
+    launch.code.check(dot="int", registers=tile.registers)
+    assert launch.code.count("UTMALDG") >= 3
+    assert launch.code.count(r"\bSTG\.E\.U8\b") == 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_convolution(bits: int) -> None:
     state = conv.prepare(
         torch.zeros((192, 192, 3, 3), dtype=torch.int8), torch.zeros(192, dtype=torch.int32), Conv2dGeometry(padding=(1, 1)), bits

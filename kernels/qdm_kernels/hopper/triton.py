@@ -15,10 +15,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qdm_kernels.conv2d_w8a8.triton import finish_pixels
+from qdm_kernels.epilogue.reference import GATED
 from qdm_kernels.gemm.tiles import GROUP_M, Plan, Tile, cdiv
 from qdm_kernels.gemm.triton import Call, follow, overlaps, tile_of, unpack_high, unpack_low
 from qdm_kernels.geometry import Conv2dGeometry, Pair
-from qdm_kernels.linear_w8a8.triton import SCALARS, finish_tile
+from qdm_kernels.linear_w8a8.triton import SCALARS, finish_gated, finish_tile, halves
 
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after 3.6
 Box = tuple[int, int, int]  # images, rows and columns of the pixels of one tile
@@ -75,16 +76,20 @@ def _multiply_packed(
 
 @gluon.jit
 def _load_linear(
-    x_desc, w_desc, x, w, full, empty, m, n, begin, count, BYTES: gl.constexpr, BK: gl.constexpr, WIDTH: gl.constexpr,
-    STAGES: gl.constexpr,
+    x_desc, w_desc, x, w, full, empty, m, n, gate, begin, count, BYTES: gl.constexpr, BK: gl.constexpr, WIDTH: gl.constexpr,
+    HALF: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp of a linear layer."""
+    """The copying warp of a linear layer. HALF: the weights are so many rows from n on, and as many from `gate` on; 0 = all from n on."""
     for i in range(count):
         slot = i % STAGES
         mbarrier.wait(empty.index(slot), ((i // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(slot), BYTES)
         copy_tile(x_desc, [m, (begin + i) * BK], full.index(slot), x.index(slot))
-        copy_tile(w_desc, [n, (begin + i) * WIDTH], full.index(slot), w.index(slot))
+        if HALF:
+            copy_tile(w_desc, [n, (begin + i) * WIDTH], full.index(slot), w.index(slot).slice(0, HALF, dim=0))
+            copy_tile(w_desc, [gate, (begin + i) * WIDTH], full.index(slot), w.index(slot).slice(HALF, HALF, dim=0))
+        else:
+            copy_tile(w_desc, [n, (begin + i) * WIDTH], full.index(slot), w.index(slot))
 
 
 @gluon.jit
@@ -141,11 +146,14 @@ def linear_kernel(
     """As `linear_w8a8.triton.linear_kernel`: x [M, K] and w [N, BLOCKS * BK] come by descriptors of their tiles. TILE: layout of x's."""
     WIDTH: gl.constexpr = BK if BITS == 8 else BK // 2
     SUMS: gl.constexpr = _sums_layout(BN if BITS == 8 else BM, WARPS)
-    ROWS: gl.constexpr = _rows_layout(BN, WARPS)
+    GATED: gl.constexpr = ACTIVATION == "geglu" and not SPLIT
+    HALF: gl.constexpr = BN // 2 if GATED else 0
+    ROWS: gl.constexpr = _rows_layout(BN // 2 if GATED else BN, WARPS)
     if OVERLAP:
         follow()
     x, w, full, empty = _buffers(x_desc, w_desc, BM, BN, BK, WIDTH, STAGES, TILE)
     tile_m, tile_n = tile_of(M, N, BM, BN, GROUP_M)
+    first = tile_n * (HALF if GATED else BN)
     begin = gl.program_id(1) * BLOCKS_PER_SPLIT
     count = gl.maximum(gl.minimum(BLOCKS_PER_SPLIT, BLOCKS - begin), 0)
     # Arguments of partitions are spelt out: in a variable constants would become values.
@@ -153,27 +161,34 @@ def linear_kernel(
         (acc,) = gl.warp_specialize([
             (_multiply, (x, w, full, empty, count, BM, BN, STAGES, SUMS)),
             (_load_linear, (
-                x_desc, w_desc, x, w, full, empty, tile_m * BM, tile_n * BN, begin, count, BM * BK + BN * WIDTH, BK, WIDTH, STAGES,
+                x_desc, w_desc, x, w, full, empty, tile_m * BM, first, N // 2 + first, begin, count, BM * BK + BN * WIDTH, BK, WIDTH, HALF,
+                STAGES,
             )),
         ], [1], [24])  # fmt: skip
     else:
         (acc,) = gl.warp_specialize([
             (_multiply_packed, (x, w, full, empty, count, BM, BN, BK, STAGES, SUMS)),
             (_load_linear, (
-                x_desc, w_desc, x, w, full, empty, tile_m * BM, tile_n * BN, begin, count, BM * BK + BN * WIDTH, BK, WIDTH, STAGES,
+                x_desc, w_desc, x, w, full, empty, tile_m * BM, first, N // 2 + first, begin, count, BM * BK + BN * WIDTH, BK, WIDTH, HALF,
+                STAGES,
             )),
         ], [1], [24])  # fmt: skip
         acc = gl.permute(acc, (1, 0))
     _close(full, empty, STAGES)
-    acc = gl.convert_layout(acc, ROWS)
     offs_m = tile_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, ROWS))
-    offs_n = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, ROWS))
-    if SPLIT:
-        _store_share(acc, work_ptr, offs_m, offs_n, M, N)
+    offs_n = first + gl.arange(0, HALF if GATED else BN, layout=gl.SliceLayout(0, ROWS))
+    if GATED:
+        value, gate = halves(acc, BM, BN)
+        finish_gated(
+            gl.convert_layout(value, ROWS), gl.convert_layout(gate, ROWS), offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr,
+            w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL,
+        )  # fmt: skip
+    elif SPLIT:
+        _store_share(gl.convert_layout(acc, ROWS), work_ptr, offs_m, offs_n, M, N)
     else:
         finish_tile(
-            acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
-            out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            gl.convert_layout(acc, ROWS), offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+            out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
 
 
@@ -271,12 +286,13 @@ def linear_call(x: Tensor, weight: Tensor, split: bool, flags: tuple[Any, ...], 
     """Launch of `linear_kernel`; arguments as the general kernel has them (`linear_w8a8.triton`)."""
     tile, splits, m, (n, width), bits = plan.tile, plan.splits, x.shape[0], weight.shape, _bits(weight)
     blocks, columns = width * 8 // bits // tile.bk, tile.bk * bits // 8
+    rows = tile.bn // 2 if flags[-1] == GATED and not split else tile.bn
     constants = (
         *flags, bits, split, tile.bm, tile.bn, tile.bk, tile.stages, tile.warps, GROUP_M, _layout(tile.bk, 2), overlaps(x.device),
     )  # fmt: skip
 
     def boxes(x: Tensor, weight: Tensor, *others: Any) -> tuple[TensorDescriptor, ...]:
-        return _rows(x, tile.bm, tile.bk), _rows(weight, tile.bn, columns)
+        return _rows(x, tile.bm, tile.bk), _rows(weight, rows, columns)
 
     return Call(
         linear_kernel, (cdiv(m, tile.bm) * cdiv(n, tile.bn), splits, 1),

@@ -88,7 +88,7 @@ def prepare_as(op: str, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: 
 def linear(
     x_codes: Tensor, x_scale: Tensor, x_zero_point: Tensor, prepared: PreparedLinear, *, step: Tensor | None = None, **epilogue: Any
 ) -> Tensor:
-    """Apply a prepared layer: x_codes int8 [..., K] -> float32 [..., N], bit-identical on every backend.
+    """Apply a prepared layer: x_codes int8 [..., K] -> float32 [..., N], with `geglu` [..., N / 2], bit-identical on every backend.
 
     x_scale: float32, one element, or [..., 1] per token; x_zero_point: int, one element. step: int32 [1]; x_scale and x_zero_point
     are then tables, [S] or one element, and this is their row. epilogue: activation, residual, out_dtype, out_scale, out_zero_point,
@@ -126,7 +126,7 @@ def register(op: str) -> None:
         step: Tensor | None, activation: str, residual: Tensor | None, out_dtype: torch.dtype, out_scale: Tensor | None,
         out_zero_point: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        return x.new_empty((*x.shape[:-1], w_scale.shape[-1]), dtype=out_dtype)
+        return x.new_empty((*x.shape[:-1], Epilogue(activation).width(w_scale.shape[-1])), dtype=out_dtype)
 
 
 register("linear_w8a8")
@@ -136,7 +136,8 @@ def _run(
     x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, home: ModuleType, state: Any, end: Epilogue
 ) -> Tensor:
     """One call on a backend's module: triton finishes inside its kernel, the others after it."""
-    shape, rows = (*x.shape[:-1], w_scale.shape[-1]), _rows(x)
+    outputs, rows = w_scale.shape[-1], _rows(x)
+    shape = (*x.shape[:-1], end.width(outputs))
     if end.step is None and x_scale.numel() != 1:
         x_scale = x_scale.expand(*x.shape[:-1], 1).reshape(-1, 1)
     if state.strategy == "triton":
@@ -148,7 +149,7 @@ def _run(
         return home.linear(rows, scale, z, w_scale, bias, state, end.out_dtype, residual).reshape(shape)
     direct = (end.out_dtype,) if state.strategy in (*STRATEGIES, "onednn") and end.only_casts else ()
     y = home.linear(rows, scale, z, w_scale, bias, state, *direct)
-    return finish(y.reshape(shape), end)
+    return finish(y.reshape(*x.shape[:-1], outputs), end)
 
 
 @integer_op
@@ -160,15 +161,14 @@ def accumulate(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedLinear) 
 
 
 def _check_call(x_codes: Tensor, x_zero_point: Tensor, prepared: PreparedLinear, end: Epilogue) -> None:
-    end.check()
+    end.check(gated=prepared.out_features)
     check_activation(x_codes, x_zero_point, table=end.step is not None, unsigned=prepared.reads_unsigned)
     check_place(x_codes, prepared.scale, end.residual)
     if x_codes.shape[-1] != prepared.in_features:
         raise ValueError(f"x_codes has {x_codes.shape[-1]} features, the layer takes {prepared.in_features}")
-    if end.residual is not None and end.residual.shape != (*x_codes.shape[:-1], prepared.out_features):
-        raise ValueError(
-            f"residual has the output's shape, {(*x_codes.shape[:-1], prepared.out_features)}, got {tuple(end.residual.shape)}"
-        )
+    shape = (*x_codes.shape[:-1], end.width(prepared.out_features))
+    if end.residual is not None and end.residual.shape != shape:
+        raise ValueError(f"residual has the output's shape, {shape}, got {tuple(end.residual.shape)}")
 
 
 def _rows(x_codes: Tensor) -> Tensor:

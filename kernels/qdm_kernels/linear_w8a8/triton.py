@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qdm_kernels.epilogue.reference import Epilogue
-from qdm_kernels.epilogue.triton import pick, store
+from qdm_kernels.epilogue.triton import activate, pick, store
 from qdm_kernels.exact import subtract_zero_point, value_range
 from qdm_kernels.gemm.tiles import GROUP_M, Plan, aligned, cdiv, choose_plan
 from qdm_kernels.gemm.triton import (
@@ -41,6 +41,22 @@ _MOST_INPUTS = 131_071  # 128 * 128 * K must stay below 2^31: integer tensor cor
 
 
 @triton.jit
+def scaled_tile(
+    acc, offs_m, offs_n, m_ok, n_ok, x_scale_ptr, step_ptr, w_scale_ptr, bias_ptr, PER_ROW: tl.constexpr, TABLES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Corrected sums [BM, BN] -> float32: scales and bias."""
+    w_scale = tl.load(w_scale_ptr + offs_n, mask=n_ok, other=0.0)
+    if PER_ROW:
+        y = acc.to(tl.float32) * (tl.load(x_scale_ptr + offs_m, mask=m_ok, other=0.0)[:, None] * w_scale[None, :])
+    else:
+        y = acc.to(tl.float32) * (pick(x_scale_ptr, step_ptr, TABLES & 1) * w_scale)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_n, mask=n_ok, other=0.0)[None, :]
+    return y
+
+
+@triton.jit
 def finish_tile(
     acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr,
     out_ptr, M, N, WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -55,16 +71,35 @@ def finish_tile(
     if out_ptr.dtype.element_ty == tl.int32:
         tl.store(out_ptr + at, acc, mask=mask)
     else:
-        w_scale = tl.load(w_scale_ptr + offs_n, mask=n_ok, other=0.0)
-        if PER_ROW:
-            y = acc.to(tl.float32) * (tl.load(x_scale_ptr + offs_m, mask=m_ok, other=0.0)[:, None] * w_scale[None, :])
-        else:
-            y = acc.to(tl.float32) * (pick(x_scale_ptr, step_ptr, TABLES & 1) * w_scale)[None, :]
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + offs_n, mask=n_ok, other=0.0)[None, :]
+        y = scaled_tile(acc, offs_m, offs_n, m_ok, n_ok, x_scale_ptr, step_ptr, w_scale_ptr, bias_ptr, PER_ROW, TABLES, HAS_BIAS)
         store(
             y, out_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, step_ptr, at, mask, ACTIVATION, HAS_RESIDUAL, TABLES & 4, TABLES & 8
         )  # fmt: skip
+
+
+@triton.jit
+def finish_gated(
+    value, gate, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+    out_zero_ptr, out_ptr, M, N, WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """As `finish_tile`, for raw sums of columns offs_n and offs_n + N / 2: value * gelu(gate), [M, N / 2]."""
+    half = N // 2
+    m_ok, n_ok = offs_m < M, offs_n < half
+    x_zero = pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32)
+    value -= x_zero * tl.load(sums_ptr + offs_n, mask=n_ok, other=0)[None, :]
+    gate -= x_zero * tl.load(sums_ptr + half + offs_n, mask=n_ok, other=0)[None, :]
+    y = scaled_tile(gate, offs_m, half + offs_n, m_ok, n_ok, x_scale_ptr, step_ptr, w_scale_ptr, bias_ptr, PER_ROW, TABLES, HAS_BIAS)
+    y = activate(y, "gelu")
+    y *= scaled_tile(value, offs_m, offs_n, m_ok, n_ok, x_scale_ptr, step_ptr, w_scale_ptr, bias_ptr, PER_ROW, TABLES, HAS_BIAS)
+    at, mask = (offs_m.to(tl.int64) if WIDE else offs_m)[:, None] * half + offs_n[None, :], m_ok[:, None] & n_ok[None, :]
+    store(y, out_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, step_ptr, at, mask, "none", HAS_RESIDUAL, TABLES & 4, TABLES & 8)
+
+
+@triton.jit
+def halves(acc, BM: tl.constexpr, BN: tl.constexpr):
+    """Left and right columns of a tile, without an exchange between threads."""
+    return tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 # TABLES: which of x_scale 1, x_zero_point 2, out_scale 4, out_zero_point 8 are indexed by the step.
@@ -78,13 +113,20 @@ def linear_kernel(
 ):  # fmt: skip
     """One [BM, BN] tile of the output or, with SPLIT, of the raw sums of one share of K.
 
-    x [M, K] int8; w [N, BLOCKS * BK] int8, or half as many bytes in two K-planes; work [splits, M, N] int32; out [M, N].
+    x [M, K] int8; w [N, BLOCKS * BK] int8, or half as many bytes in two K-planes; work [splits, M, N] int32; out [M, N]. A finished
+    `geglu` tile has BN / 2 values and their gates.
     """
+    GATED: tl.constexpr = ACTIVATION == "geglu" and not SPLIT
     if OVERLAP:
         follow()
     tile_m, tile_n = tile_of(M, N, BM, BN, GROUP_M)
     offs_m, offs_n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     m_ok, n_ok = offs_m < M, offs_n < N
+    if GATED:
+        j = tl.arange(0, BN)
+        offs_n = tile_n * (BN // 2) + j % (BN // 2)
+        n_ok = offs_n < N // 2
+        offs_n += tl.where(j < BN // 2, 0, N // 2)
     width: tl.constexpr = BK if BITS == 8 else BK // 2
     offs_k = plane_offsets(width, BITS)
     x_tile = x_ptr + (offs_m.to(tl.int64) if WIDE else offs_m)[:, None] * K + offs_k[None, :]
@@ -110,9 +152,15 @@ def linear_kernel(
     if SPLIT:
         at = (tl.program_id(1).to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
         tl.store(work_ptr + at, acc, mask=m_ok[:, None] & n_ok[None, :])
+    elif GATED:
+        value, gate = halves(acc, BM, BN)
+        finish_gated(
+            value, gate, offs_m, tile_n * (BN // 2) + tl.arange(0, BN // 2), sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr,
+            bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL,
+        )  # fmt: skip
     elif BM * BN >= 8192:
         # Two halves, one after the other: a whole tile's epilogue takes half as many registers again.
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        left, right = halves(acc, BM, BN)
         offs_half = tile_n * BN + tl.arange(0, BN // 2)
         finish_tile(
             left, offs_m, offs_half, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
@@ -136,30 +184,43 @@ def finish_kernel(
     WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, CENTRE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Adds the shares of K, in order, and finishes them: work [SPLITS, M, WORK_N] int32 -> out [M, N].
+    """Adds the shares of K, in order, and finishes them: work [SPLITS, M, WORK_N] int32 -> out [M, N], or with
+    `geglu` [M, N / 2].
 
     CENTRE: column N of the sums is the product with ones, X; z_w[n] * (X - z_x K) leaves every column n.
     """
     if OVERLAP:
         follow()
     offs_m, offs_n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    columns = N // 2 if ACTIVATION == "geglu" else N
     m_ok = offs_m < M
-    mask = m_ok[:, None] & (offs_n < N)[None, :]
+    mask = m_ok[:, None] & (offs_n < columns)[None, :]
     row = offs_m.to(tl.int64) * WORK_N
     acc = tl.zeros((BM, BN), dtype=tl.int32)
+    gate = tl.zeros((BM, BN), dtype=tl.int32)
     ones = tl.zeros((BM,), dtype=tl.int32)
-    share = tl.cast(M, tl.int64) * WORK_N
+    share, half = tl.cast(M, tl.int64) * WORK_N, N // 2
     for split in range(SPLITS):
         acc += tl.load(work_ptr + split * share + row[:, None] + offs_n[None, :], mask=mask, other=0)
+        if ACTIVATION == "geglu":
+            gate += tl.load(work_ptr + split * share + row[:, None] + half + offs_n[None, :], mask=mask, other=0)
         if CENTRE:
             ones += tl.load(work_ptr + split * share + row + N, mask=m_ok, other=0)
     if CENTRE:
         ones -= pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32) * tl.load(sums_ptr + N)
-        acc -= ones[:, None] * tl.load(centre_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
-    finish_tile(
-        acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
-        out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
-    )  # fmt: skip
+        acc -= ones[:, None] * tl.load(centre_ptr + offs_n, mask=offs_n < columns, other=0)[None, :]
+        if ACTIVATION == "geglu":
+            gate -= ones[:, None] * tl.load(centre_ptr + half + offs_n, mask=offs_n < columns, other=0)[None, :]
+    if ACTIVATION == "geglu":
+        finish_gated(
+            acc, gate, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+            out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL,
+        )  # fmt: skip
+    else:
+        finish_tile(
+            acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+            out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -235,7 +296,7 @@ def launch(
 ) -> Tensor:  # fmt: skip
     """Run the kernels; dtype int32 = corrected sums. plan: None = chosen by `gemm.tiles`."""
     m, weight = x.shape[0], state.weight
-    out = torch.empty((m, state.outputs), dtype=dtype, device=x.device)
+    out = torch.empty((m, end.width(state.outputs)), dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
     if x.shape[1] % 16:
@@ -245,15 +306,15 @@ def launch(
     key = (m, x.shape[1], plan, end.activation, kind)
     ready = state.ready.get(key)
     if ready is None:
-        ready = state.ready.keep(key, _ready(x, state, pointers, kind, end.activation, plan))
+        ready = state.ready.keep(key, _ready(x, state, out.shape[1], pointers, kind, end.activation, plan))
     ready(x, weight, state.centre, pointers)
     return out
 
 
 def _ready(
-    x: Tensor, state: State, pointers: tuple[Tensor | None, ...], kind: tuple[Any, ...], activation: str, plan: Plan | None
+    x: Tensor, state: State, columns: int, pointers: tuple[Tensor | None, ...], kind: tuple[Any, ...], activation: str, plan: Plan | None
 ) -> Product:
-    """What `launch` launches for x [M, K]."""
+    """What `launch` launches for x [M, K] and an output of so many columns."""
     (m, _), device, weight, centre = x.shape, x.device, state.weight, state.centre is not None
     f, n = weight.shape[0], state.outputs
     plan = plan or choose_plan(f"linear_w{state.bits}a8", m, f, state.padded, device)
@@ -263,7 +324,7 @@ def _ready(
     if split:
         constants = (*flags, centre, 32, 64, overlaps(device))
         finish = Call(
-            finish_kernel, (cdiv(m, 32), cdiv(n, 64), 1),
+            finish_kernel, (cdiv(m, 32), cdiv(columns, 64), 1),
             ("linear finish", device.index, constants, kind, n % 16 == 0, n == 1, f % 16 == 0, f == 1),
             (m, n, f, plan.splits, *constants), {"num_warps": 4, "launch_pdl": overlaps(device)},
         )  # fmt: skip

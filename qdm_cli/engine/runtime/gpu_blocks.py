@@ -325,7 +325,7 @@ def feed(mlp: FeedForward, x: Tensor, residual: Tensor, gate: Tensor | None = No
     """residual + gate * mlp(x): x [B, L, K] or its codes."""
     first, last = mlp.net[0], mlp.net[2]
     if isinstance(first, GEGLU):
-        y = fused.gelu(first.proj(x), last, gated=True, approximate="none")
+        y = fused.geglu_layer(first.proj, last, x)
     else:
         y = fused.gelu_layer(first.proj, last, x, first.approximate)
     return fused.add(last, y, residual) if gate is None else _gated(residual, gate, last(y))

@@ -90,13 +90,25 @@ def add(layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
 
 def gelu_layer(first: nn.Module, second: nn.Module, x: Tensor, approximate: str) -> Tensor:
     """What `second` reads of gelu(first(x)): codes that leave the product of `first` at once, where both layers have 8-bit codes."""
-    x = codes(x, first)
-    found = tables_for(second, x.device) if x.dtype == torch.int8 else None
-    packed = cast(PackedLayer, second)
+    found = _activated(first, second, x, "gelu_tanh" if approximate == "tanh" else "gelu")
+    return gelu(first(x), second, gated=False, approximate=approximate) if found is None else found
+
+
+def geglu_layer(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    """As `gelu_layer` of value * gelu(gate) for first(x) = [value, gate], which is never written."""
+    found = _activated(first, second, x, "geglu")
+    return gelu(first(x), second, gated=True, approximate="none") if found is None else found
+
+
+def _activated(first: nn.Module, second: nn.Module, x: Tensor, activation: str) -> Tensor | None:
+    """Codes of `second`; None = one of the two has none, or not of 8 bits, or factors of its inputs."""
+    found, packed = tables_for(second, x.device), cast(PackedLayer, second)
     if found is None or packed.spec.bits_a != 8 or packed._buffers["pre_scale"] is not None:
-        return gelu(first(x), second, gated=False, approximate=approximate)
+        return None
+    x = codes(x, first)
+    if x.dtype != torch.int8:
+        return None
     scale, zero, step = found
-    activation = "gelu_tanh" if approximate == "tanh" else "gelu"
     return _multiply(first, x, torch.int8, step, activation=activation, out_scale=scale, out_zero_point=zero)
 
 

@@ -60,8 +60,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("name", "kernels"),
     [
-        ("sd", {"group_norm_quantize", "layer_norm_quantize", "gelu_quantize", "quantize", "_multiply"}),
-        ("sdxl", {"group_norm_quantize", "layer_norm_quantize", "gelu_quantize", "quantize", "_multiply"}),
+        ("sd", {"group_norm_quantize", "layer_norm_quantize", "quantize", "_multiply"}),
+        ("sdxl", {"group_norm_quantize", "layer_norm_quantize", "quantize", "_multiply"}),
         ("dit", {"layer_norm_quantize", "_multiply"}),
         ("flux", {"layer_norm_quantize", "quantize", "_multiply"}),
     ],

@@ -106,6 +106,24 @@ def test_the_copy_engine_on_odd_shapes(tile: Tile, bits: int) -> None:
         assert torch.equal(got, conv.truth(x, w, z_w)), shape
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("z_w", [0, 3])
+def test_gated_outputs(z_w: int, bits: int) -> None:
+    """[value, gate] -> value * gelu(gate) as float32 of the reference, and its codes within a tie; tiles that end inside the values."""
+    for m, n, k in ((300, 136, 320), (1, 64, 64), (2048, 2560, 320), (129, 330, 1152), (40, 10240, 1280)):
+        case = LinearCase(m, n, k, bits, 9, z_w == 0, False, m)
+        x, w, zero = case.draw(GPU)
+        fast, plain = (prepare(case, w, zero, name) for name in ("triton", "reference"))
+        args = x, torch.tensor(0.013, device=GPU), integers(case.z_x)
+        want = run(case, *args, plain, activation="geglu")
+        got = run(case, *args, fast, activation="geglu")
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5), (m, n, k)
+        scale, z = torch.tensor([float(want.abs().max()) / 100], device=GPU), integers(-7)
+        codes = run(case, *args, fast, activation="geglu", out_dtype=torch.int8, out_scale=scale, out_zero_point=z)
+        exact = want.double() / scale.double() - 7
+        assert ((codes.double() - exact.clamp(-128, 127)).abs() <= 0.5 + 1e-3).all(), (m, n, k)
+
+
 LARGE = [
     LinearCase(2048, 1280, 1280, 8, 9, True, False, 1),
     LinearCase(2048, 1280, 1280, 4, 9, True, False, 1),

@@ -134,6 +134,21 @@ def test_epilogues_are_within_one_step_of_float64(dtype: torch.dtype, activation
     assert ((got.double() - want).abs() <= step).all()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("plan", "centred"), [(Plan(SMALL), True), (Plan(SMALL, 2), True), (Plan(TILES[10]), True), (Plan(SMALL), False)])
+def test_gated_outputs(plan: Plan, centred: bool, bits: int) -> None:
+    """Tiles that end inside the values, in one share of K and in two, with few rows, with weights that keep their zero points."""
+    m, n, k = min(plan.tile.bm, 32) - 3, 2 * (plan.tile.bn + 6), 320
+    x, w, z_w = draw(m, n, k, bits, 4, centred=centred)
+    layer = OPS[bits].prepare(w, torch.rand(n) * 1e-3, z_w, torch.randn(n), backend="reference")
+    state, residual = kernels.prepare(w, z_w, bits), torch.randn(m, n // 2)
+    end = Epilogue("geglu", residual, torch.float32, step=STEP)
+    keys = {"x_scale": SCALES, "w_scale": layer.scale, "bias": layer.bias, "end": end}
+    got = kernels.launch(x, ZEROS, state, torch.float32, **keys, plan=plan)
+    value, gate = op8.linear(x, SCALES, ZEROS, layer, step=STEP).double().chunk(2, -1)
+    assert torch.allclose(got.double(), value * torch.nn.functional.gelu(gate) + residual.double(), rtol=1e-5, atol=1e-4)
+
+
 def test_int8_output_is_the_codes_of_the_next_layer() -> None:
     x, w, z_w = draw(21, 33, 64, 8, 2)
     w_scale = torch.linspace(1e-4, 1e-3, 33)
