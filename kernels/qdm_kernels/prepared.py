@@ -15,16 +15,18 @@ R = TypeVar("R")
 
 
 def integer_op(fn: Callable[P, R]) -> Callable[P, R]:
-    """Run fn without gradients and outside autocast, which would round float32 sums to bfloat16."""
+    """Run fn without gradients and outside autocast, which would round float32 sums to bfloat16.
+
+    Both contexts take longer than a launch: they are entered only where they change something.
+    """
 
     @wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.no_grad():
-            on = next((kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)), None)
-            if on is None:
-                return fn(*args, **kwargs)
-            with torch.autocast(on, enabled=False):
-                return fn(*args, **kwargs)
+        on = "cuda" if torch.is_autocast_enabled("cuda") else "cpu" if torch.is_autocast_enabled("cpu") else None
+        if on is None and not torch.is_grad_enabled():
+            return fn(*args, **kwargs)
+        with torch.no_grad(), torch.autocast(on or "cpu", enabled=False):
+            return fn(*args, **kwargs)
 
     return wrapper
 
@@ -70,8 +72,9 @@ def check_activation(x_codes: Tensor, x_zero_point: Tensor, *, table: bool = Fal
 
 def check_place(x_codes: Tensor, scale: Tensor, residual: Tensor | None) -> None:
     """ValueError unless activation, weight (whose scale stands for it) and residual are on one device."""
+    device = scale.device
     for name, value in (("x_codes", x_codes), ("residual", residual)):
-        if value is not None and value.device != scale.device:
+        if value is not None and value.device != device:
             raise ValueError(f"{name} is on {value.device}, the layer on {scale.device}: move one of them")
 
 

@@ -158,9 +158,9 @@ def run(
     x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, home: ModuleType, state: Any, end: Epilogue
 ) -> Tensor:
     """One call on a backend's module: triton finishes inside its kernel, the others after it."""
-    x = x.contiguous(memory_format=torch.channels_last)
     if state.strategy == "triton":
-        return home.conv2d(x, x_scale.float(), x_zero_point, w_scale, bias, state, end)
+        return home.conv2d(x, x_scale if x_scale.dtype == torch.float32 else x_scale.float(), x_zero_point, w_scale, bias, state, end)
+    x = x.contiguous(memory_format=torch.channels_last)
     s, z = pick(x_scale, end.step).float(), pick(x_zero_point, end.step)
     scale = s.reshape(()) if s.numel() == 1 else s
     if state.strategy in STRATEGIES and end.residual is not None and end.only_adds:

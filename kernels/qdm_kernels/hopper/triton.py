@@ -292,7 +292,7 @@ def linear_call(x: Tensor, weight: Tensor, split: bool, flags: tuple[Any, ...], 
     )  # fmt: skip
 
     def boxes(x: Tensor, weight: Tensor, *others: Any) -> tuple[TensorDescriptor, ...]:
-        return _rows(x, tile.bm, tile.bk), _rows(weight, rows, columns)
+        return _rows(x.view(m, -1), tile.bm, tile.bk), _rows(weight, rows, columns)
 
     return Call(
         linear_kernel, (cdiv(m, tile.bm) * cdiv(n, tile.bn), splits, 1),

@@ -136,12 +136,11 @@ def _run(
     x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, home: ModuleType, state: Any, end: Epilogue
 ) -> Tensor:
     """One call on a backend's module: triton finishes inside its kernel, the others after it."""
-    outputs, rows = w_scale.shape[-1], _rows(x)
-    shape = (*x.shape[:-1], end.width(outputs))
     if end.step is None and x_scale.numel() != 1:
         x_scale = x_scale.expand(*x.shape[:-1], 1).reshape(-1, 1)
     if state.strategy == "triton":
-        return home.linear(rows, x_scale.float(), x_zero_point, w_scale, bias, state, end).reshape(shape)
+        return home.linear(x, x_scale if x_scale.dtype == torch.float32 else x_scale.float(), x_zero_point, w_scale, bias, state, end)
+    shape, rows = (*x.shape[:-1], w_scale.shape[-1]), _rows(x)
     s, z = pick(x_scale, end.step).float(), pick(x_zero_point, end.step)
     scale = s.reshape(()) if s.numel() == 1 else s
     if state.strategy in STRATEGIES and end.residual is not None and end.only_adds:
@@ -149,7 +148,7 @@ def _run(
         return home.linear(rows, scale, z, w_scale, bias, state, end.out_dtype, residual).reshape(shape)
     direct = (end.out_dtype,) if state.strategy in (*STRATEGIES, "onednn") and end.only_casts else ()
     y = home.linear(rows, scale, z, w_scale, bias, state, *direct)
-    return finish(y.reshape(*x.shape[:-1], outputs), end)
+    return finish(y.reshape(shape), end)
 
 
 @integer_op

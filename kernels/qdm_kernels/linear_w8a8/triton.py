@@ -278,14 +278,14 @@ def prepare(codes: Tensor, zero_point: Tensor, bits: int = 8) -> State:
 
 
 def accumulate(x: Tensor, zero_point: Tensor, state: State) -> Tensor:
-    """sum_k (x - z_x)(w - z_w): x int8 [M, K] -> int32 [M, N]."""
+    """sum_k (x - z_x)(w - z_w): x int8 [..., K] -> int32 [..., N]."""
     return launch(x, zero_point, state, torch.int32)
 
 
 def linear(x: Tensor, x_scale: Tensor, zero_point: Tensor, w_scale: Tensor, bias: Tensor | None, state: State, end: Epilogue) -> Tensor:
-    """The whole layer: x int8 [M, K] -> [M, N] of end.out_dtype.
+    """The whole layer: x int8 [..., K] -> [..., N] of end.out_dtype.
 
-    x_scale, zero_point: one element, or tables where end.step is set; without a step x_scale may be [M, 1]. end.residual: [M, N].
+    x_scale, zero_point: one element, or tables where end.step is set; without a step x_scale may be [..., 1]. end.residual: [..., N].
     """
     return launch(x, zero_point, state, end.out_dtype, x_scale=x_scale, w_scale=w_scale, bias=bias, end=end)
 
@@ -295,19 +295,20 @@ def launch(
     bias: Tensor | None = None, end: Epilogue = Epilogue(), plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
     """Run the kernels; dtype int32 = corrected sums. plan: None = chosen by `gemm.tiles`."""
-    m, weight = x.shape[0], state.weight
-    out = torch.empty((m, end.width(state.outputs)), dtype=dtype, device=x.device)
+    *lead, k = x.shape
+    out = torch.empty((*lead, end.width(state.outputs)), dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
-    if x.shape[1] % 16:
-        x = F.pad(x, (0, state.padded - x.shape[1]))
+    m = x.numel() // k
+    if k % 16:
+        x = F.pad(x, (0, state.padded - k))
     x = aligned(x)
     pointers, kind = finishing(out, zero_point, x_scale, w_scale, bias, end, state.sums)
-    key = (m, x.shape[1], plan, end.activation, kind)
+    key = (m, k, plan, end.activation, kind)
     ready = state.ready.get(key)
     if ready is None:
-        ready = state.ready.keep(key, _ready(x, state, out.shape[1], pointers, kind, end.activation, plan))
-    ready(x, weight, state.centre, pointers)
+        ready = state.ready.keep(key, _ready(x.view(m, -1), state, out.shape[-1], pointers, kind, end.activation, plan))
+    ready(x, state.weight, state.centre, pointers)
     return out
 
 

@@ -1,27 +1,35 @@
 """Quantization of activations to signed int8 codes (README: Arithmetic contract). Operators qdm::quantize and qdm::quantize_per_token."""
 
+from functools import cache
 from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from qdm_kernels import backend
+from qdm_kernels import backend as _backend
 from qdm_kernels.prepared import integer_op
 from qdm_kernels.quantize import cpu, reference
 
 
+@cache
+def _triton() -> ModuleType:
+    return import_module("qdm_kernels.quantize.triton")
+
+
 @integer_op
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tensor | None = None) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """Round activations to signed codes of `bits`: float [...] -> int8 [...], memory format kept.
 
     q = round_half_even(clamp(x * (1 / scale), lo - z, hi - z)) + z in float32, lo = -2^(bits-1), hi = 2^(bits-1) - 1.
     scale: float32, 0-dim, [1] or broadcastable against x; zero_point: integer tensor of the same shape, within [lo, hi].
     step: int32 [1] on the device of x: scale and zero_point are tables, [S] or one entry, and this is their row; None = no tables.
+    backend: that of the layer which reads the codes, chosen before; None = `qdm_kernels.backend.choose`.
     Infinities saturate; NaN becomes the code of zero. ValueError on bits outside 2..8, a floating zero_point, or an integer x.
     """
     _check(x, zero_point, bits)
     if not torch.compiler.is_compiling():
-        return _quantize(x, scale, zero_point, bits, step)
+        return _quantize(x, scale, zero_point, bits, step, backend)
     # plain tensor code, which inductor fuses with what made x: a pass over memory less
     return reference.quantize(x, reference.pick(scale, step), reference.pick(zero_point, step), bits)
 
@@ -59,10 +67,10 @@ def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tensor | None) -> Tensor:
-    name = backend.choose("quantize", device=x.device)
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Tensor | None, name: str | None = None) -> Tensor:
+    name = name or _backend.choose("quantize", device=x.device)
     if name == "triton":
-        kernels = import_module("qdm_kernels.quantize.triton")
+        kernels = _triton()
         if kernels.takes(scale, zero_point, step):
             return kernels.quantize(x, scale, zero_point, bits, step)
     plain = cpu if name == "cpu" else reference
@@ -70,9 +78,9 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, step: Ten
 
 
 def _quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    name = backend.choose("quantize", device=x.device)
+    name = _backend.choose("quantize", device=x.device)
     if name != "reference":
-        home = cpu if name == "cpu" else import_module("qdm_kernels.quantize.triton")
+        home = cpu if name == "cpu" else _triton()
         return home.quantize_per_token(x, bits)
     scale = reference.row_scale(x, bits)
     return _quantize(x, scale, torch.zeros((), dtype=torch.int32, device=x.device), bits, None), scale

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qdm_cli.engine.runtime.packed import PackedLayer
 
 FEW_ROW_ROLES = ("time_embedding", "time_projection", "class_embedding", "modulation")  # one row per image
-_OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+_OUTPUTS = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Form:
     zero: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+
+    @property
+    def backend(self) -> str | None:
+        """Of the op that runs, where it is that of quantizers as well; None = theirs to choose."""
+        return "triton" if self.prepared is not None and self.prepared.backend == "triton" else None
 
 
 @dataclass(frozen=True)
@@ -146,9 +151,10 @@ def forward(layer: PackedLayer, x: Tensor) -> Tensor:
     Raises:
         ValueError: x lies on another device.
     """
-    if x.device != layer.weight.device:
-        raise ValueError(f"the input is on {x.device}, the layer on {layer.weight.device}: move one of them")
-    form = layer.form
+    place = cast(Tensor, layer._buffers["weight"]).device
+    if x.device != place:
+        raise ValueError(f"the input is on {x.device}, the layer on {place}: move one of them")
+    form = layer._form or layer.form
     if form.choice.kernel == "float":
         if form.weight is not None and form.weight.dtype == x.dtype:
             return layer._apply_op(x, form.weight, form.bias)
@@ -174,15 +180,15 @@ def output_dtype(layer: PackedLayer, x: Tensor) -> torch.dtype:
 def multiply(layer: PackedLayer, a: Activation, prepared: Any, dtype: torch.dtype, **epilogue: Any) -> Tensor:
     """Codes times weights, finished by the kernel: scales, bias, `epilogue`, and the cast to `dtype`."""
     run: Any = linear_w8a8.linear if layer.spec.kind == "linear" else conv2d_w8a8.conv2d
-    out = dtype if dtype in (*_OUTPUTS, torch.int8) else torch.float32
-    return run(a.codes, a.scale, a.zero_point, prepared, step=a.step, out_dtype=out, **epilogue).to(dtype)
+    if dtype in _OUTPUTS:
+        return run(a.codes, a.scale, a.zero_point, prepared, step=a.step, out_dtype=dtype, **epilogue)
+    return run(a.codes, a.scale, a.zero_point, prepared, step=a.step, out_dtype=torch.float32, **epilogue).to(dtype)
 
 
 def activation(layer: PackedLayer, x: Tensor) -> Activation | None:
     """Codes of x; None when samples or tokens have zero points of their own, for which kernels have no form."""
-    spec = layer.spec
-    bits = cast(int, spec.bits_a)
-    zero = cast(Tensor, layer.form.zero)
+    spec, form = layer.spec, layer._form or layer.form
+    bits, zero = cast(int, spec.bits_a), cast(Tensor, form.zero)
     if x.dtype == torch.int8:
         return Activation(x, *cast(Any, tables(layer, x.device)))
     if spec.act == "dynamic" and spec.act_symmetric and spec.kind == "linear":
@@ -195,7 +201,7 @@ def activation(layer: PackedLayer, x: Tensor) -> Activation | None:
             return None
         found = scale, picked.reshape(()), None
     scale, zero, step = found
-    return Activation(quantize(x, scale, zero, bits, step), scale, zero, step)
+    return Activation(quantize(x, scale, zero, bits, step, backend=form.backend), scale, zero, step)
 
 
 def tables(layer: PackedLayer, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -206,8 +212,8 @@ def tables(layer: PackedLayer, device: torch.device) -> tuple[Tensor, Tensor, Te
     if layer.spec.act != "static":
         return None
     scale, zero = cast(Tensor, layer._buffers["act_scale"]), layer._buffers["act_zero_point"]
-    zero = cast(Tensor, layer.form.zero) if zero is None else zero
-    if len(scale) == 1 and len(zero) == 1:
+    zero = cast(Tensor, (layer._form or layer.form).zero) if zero is None else zero
+    if scale.numel() == 1 and zero.numel() == 1:
         return scale, zero, None
     row = layer.step.row
     return None if row is None or row.device != device else (scale, zero, row)

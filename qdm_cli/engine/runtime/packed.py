@@ -85,7 +85,7 @@ class PackedLayer(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         """The layer on an input whose channels have their factors."""
-        if gpu.is_gpu(self.weight.device):
+        if gpu.is_gpu(cast(Tensor, self._buffers["weight"]).device):
             return gpu.forward(self, x)
         if self.choice(x).kernel == "float":
             return self._float_forward(x) if self.mode == "exact" else self._plain_forward(x)
@@ -162,8 +162,8 @@ class PackedLayer(nn.Module):
     @property
     def prepared(self) -> Any:
         """The weight in the layout of the chosen backend, made once."""
-        if gpu.is_gpu(self.weight.device):
-            return self.form.prepared
+        if gpu.is_gpu(cast(Tensor, self._buffers["weight"]).device):
+            return (self._form or self.form).prepared
         if self._prepared is None:
             self._prepared = self._prepare(*self.stored_parts())
         return self._prepared
