@@ -20,7 +20,7 @@ def load(
     scales: str | Path | None = None,
     cache: bool | str | Path = True,
     device: str | None = None,
-    graphs: bool = False,
+    graphs: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Open a folder written by `qdm export` as a diffusers pipeline, which follows the cache schedule of the folder if it has one.
@@ -34,9 +34,9 @@ def load(
         cache: True = by the folder's schedule; False = every call in full; or another schedule's file or folder. What was switched on is
             `qdm_cli.cached(pipeline)`.
         device: such as `cuda`: where the whole pipeline goes; None = where diffusers puts it.
-        graphs: replay the denoiser from CUDA graphs, one per shape of its inputs, kept up to four at a time: several times faster than
-            eager calls of small models, without torch.compile. Along a cache schedule, one more for each half of a cut. Not together with
-            CPU offload.
+        graphs: replay the denoiser from CUDA graphs, one per shape of its inputs, kept up to four at a time: without torch.compile,
+            several times faster than eager calls. Along a cache schedule, one more for each half of a cut. None = where the denoiser is
+            on a CUDA device once it is loaded, and nothing such as CPU offload stands against it; False = never; True = or an error.
         kwargs: handed to `DiffusionPipeline.from_pretrained`, such as `dtype` or `device_map`.
 
     Raises:

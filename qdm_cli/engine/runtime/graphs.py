@@ -70,6 +70,7 @@ class Graphs:
             raise InputError(f"CUDA graphs of {type(denoiser).__name__}: {why}")
         self._denoiser, self._limit = denoiser, limit
         self._layers = [layer for layer in denoiser.modules() if isinstance(layer, PackedLayer)]
+        self._readers = [module for module in denoiser.modules() if hasattr(module, "processor")]
         self._step_position = list(inspect.signature(denoiser.forward).parameters).index("timestep")
         self._captures: OrderedDict[Any, Capture | None] = OrderedDict()
         self._cache: Cache | None = None
@@ -90,6 +91,8 @@ class Graphs:
         return sum(capture is not None for capture in self._captures.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._denoiser._call_impl(*args, **kwargs)
         args, kwargs = self._with_tensor_step(args, kwargs)
         self._follow(active_cache(self._denoiser))
         return self.run(self._denoiser._call_impl, args, kwargs) if self._cache is None else self._cache.answer(args, kwargs)
@@ -107,7 +110,7 @@ class Graphs:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if not self._replays(leaves):
             return function(*args, **kwargs)
-        key = (function, spec, *map(_kind, leaves))
+        key = (function, spec, *self._settings(), *map(_kind, leaves))
         if key not in self._captures or not self._is_current(self._captures[key]):
             self._captures[key] = self._captured(function, leaves, spec)
         self._captures.move_to_end(key)
@@ -138,11 +141,17 @@ class Graphs:
         return args, kwargs
 
     def _replays(self, leaves: list[Any]) -> bool:
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not gpu.is_gpu(self._layers[0].weight.device):
+        if torch.is_inference_mode_enabled() or not gpu.is_gpu(self._layers[0].weight.device) or _is_hooked(self._denoiser):
             return False
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         return not wants_gradients and all(isinstance(leaf, Tensor | int | float | bool | str | None) for leaf in leaves)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What a call reads beside its arguments and its tensors, such as other attention, its scale, and FreeU."""
+        readers = [(module.processor, str(getattr(module.processor, "scale", None))) for module in self._readers]
+        blocks = getattr(self._denoiser, "up_blocks", ())
+        return (*readers, *(getattr(block, name, None) for block in blocks for name in ("s1", "s2", "b1", "b2")))
 
     def _is_current(self, capture: Capture | None) -> bool:
         """False once layers moved or changed; None = what could not be captured is not tried again."""
@@ -216,6 +225,11 @@ def _replayed(capture: Capture, given: list[Tensor]) -> Any:
             value.copy_(layer._quantized_forward(source))
     capture.replay()
     return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, capture.output)
+
+
+def _is_hooked(denoiser: nn.Module) -> bool:
+    """Has offload, or an adapter whose scale a graph would freeze, come after the graphs?"""
+    return "_old_forward" in vars(denoiser) or bool(getattr(denoiser, "_hf_peft_config_loaded", False))
 
 
 def _per_prompt(layer: PackedLayer) -> PerPrompt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ def open_pipeline(
     scales: str | Path | None = None,
     cache: bool | str | Path = True,
     device: str | None = None,
-    graphs: bool = False,
+    graphs: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """`DiffusionPipeline.from_pretrained` of an exported folder, with errors that say what to do.
@@ -31,7 +32,7 @@ def open_pipeline(
         scales: a personalisation to apply: a scale file, or the folder of `qdm finetune` that holds one; None = as exported.
         cache: True = follow the folder's schedule, if it has one; False = none; or a schedule to follow instead.
         device: where the whole pipeline goes; None = where diffusers puts it.
-        graphs: replay the denoiser from CUDA graphs, along the schedule as well.
+        graphs: replay the denoiser from CUDA graphs, along the schedule as well; None = where it lies on a CUDA device now and can be.
 
     Raises:
         InputError: no such folder, an artifact that is not exported yet, a lone component, corrupt files, an unknown mode, or scales or a
@@ -61,7 +62,22 @@ def open_pipeline(
         cached(pipeline, place).enable()
     if device is not None:
         pipeline.to(device)
-    return graphed(pipeline) if graphs else pipeline
+    return graphed(pipeline) if graphs or (graphs is None and _replays(pipeline)) else pipeline
+
+
+def _replays(pipeline: Any) -> bool:
+    """Is the denoiser on a GPU, with nothing against CUDA graphs? Either way the log says so."""
+    from qdm_cli.engine.models.denoiser import find_denoiser
+    from qdm_cli.engine.runtime import gpu
+    from qdm_cli.engine.runtime.graphs import why_not
+
+    denoiser = find_denoiser(pipeline)[1]
+    if not gpu.is_gpu(denoiser.device):
+        return False
+    why = why_not(denoiser)
+    said = "the denoiser is replayed from CUDA graphs; load(..., graphs=False) leaves them out" if why is None else f"no CUDA graphs: {why}"
+    logging.getLogger(__name__).info(said)
+    return why is None
 
 
 def _register() -> None:

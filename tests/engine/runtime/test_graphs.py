@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from qdm_cli.engine.errors import InputError
@@ -113,3 +114,42 @@ def test_refusals(model: nn.Module) -> None:
     model._compiled_call_impl = model._call_impl
     with pytest.raises(InputError, match="is compiled"):
         Graphs(model)
+
+
+@torch.no_grad()
+def test_what_a_call_reads_beside_its_arguments_is_captured_anew(model: nn.Module, captures: list[int]) -> None:
+    call = inputs(model)
+    Graphs(model).enable()
+    want = model(**call)[0]
+    model.enable_freeu(s1=0.1, s2=0.1, b1=1.6, b2=1.6)
+    assert not torch.equal(model(**call)[0], want)
+    model.disable_freeu()
+    assert torch.equal(model(**call)[0], want)
+    model.set_attn_processor(AttnProcessor())
+    model(**call)
+    assert len(captures) == 3
+
+
+@torch.no_grad()
+def test_offload_and_adapters_after_the_graphs_go_without(model: nn.Module, captures: list[int]) -> None:
+    call = inputs(model)
+    want = model(**call)[0]
+    Graphs(model).enable()
+    model._hf_peft_config_loaded = True
+    assert torch.equal(model(**call)[0], want)
+    model._hf_peft_config_loaded = False
+    model._old_forward = model.forward
+    assert torch.equal(model(**call)[0], want)
+    del model._old_forward
+    assert not captures
+    model(**call)
+    assert len(captures) == 1
+
+
+def test_a_compiled_denoiser_has_no_graphs_of_ours(model: nn.Module, captures: list[int]) -> None:
+    graphs = Graphs(model).enable()
+    model._call_impl = lambda x: x + 1  # dynamo stops at the native code that stands in for kernels
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: graphs(x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+    assert not captures

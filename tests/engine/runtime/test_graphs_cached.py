@@ -324,18 +324,19 @@ def test_a_folder_with_a_schedule_is_loaded_with_graphs(tmp_path: Path, tiny_une
     write_component(folder / "unet", tiny_unet, {name: compact(name, value) for name, value in tensors.items()}, config)
 
     def image(**options: Any) -> torch.Tensor:
-        opened = qdm_cli.load(folder, **options)
+        opened = qdm_cli.load(folder, **({"graphs": False} | options))
         opened.set_progress_bar_config(disable=True)
         noise = torch.Generator().manual_seed(0)
         return torch.as_tensor(opened(num_inference_steps=STEPS, generator=noise, output_type="np").images)
 
     uncached = image()
-    opened = qdm_cli.load(folder)
+    opened = qdm_cli.load(folder, graphs=False)
     loaded = LoadedPipeline(**{**vars(load_pipeline(ModelSpec(id="tiny:ddpm"), SPEC)), "pipeline": opened, "denoiser": opened.unet})
     write_schedule(folder, schedule_for(loaded, spec=SPEC.model_copy(update={"guidance": None})))
     wanted = image()
     assert not captures and not torch.equal(wanted, uncached)
     assert torch.equal(image(graphs=True, device="cpu"), wanted) and len(captures) == 2
+    assert torch.equal(image(graphs=None), wanted) and len(captures) == 4  # the CPU counts as a GPU here
     assert torch.equal(image(graphs=True, device="cpu", cache=False), uncached)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,10 @@ from safetensors.torch import load_file, save_file
 import qdm_cli
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.quant.state_apply import apply_state_
+from qdm_cli.engine.runtime import gpu
+from qdm_cli.engine.runtime.choice import Machine
 from qdm_cli.engine.runtime.folder import compact, packed_tensors, write_component, write_pipeline, write_weights
+from qdm_cli.engine.runtime.graphs import Graphs
 from qdm_cli.engine.runtime.loading import graphed
 from qdm_cli.engine.runtime.packed import PackedLayer
 
@@ -194,6 +198,24 @@ def test_the_mode_of_a_loaded_pipeline(exported: Path, x: torch.Tensor, monkeypa
     monkeypatch.setenv("QDM_MODE", "exact")
     unet = type(qdm_cli.load(exported).unet).from_pretrained(exported / "unet")
     assert {layer.mode for layer in packed_layers(unet).values()} == {"exact"}
+
+
+def test_graphs_come_by_themselves_on_a_gpu_alone(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert qdm_cli.load(exported).unet._compiled_call_impl is None
+    monkeypatch.setattr(gpu, "is_gpu", lambda device: device.type == "cpu")
+    monkeypatch.setattr(Machine, "of", classmethod(lambda cls, device, op: cls("cuda", (9, 0), triton=True)))
+    with caplog.at_level(logging.INFO):
+        assert isinstance(qdm_cli.load(exported).unet._compiled_call_impl, Graphs)
+        assert qdm_cli.load(exported, graphs=False).unet._compiled_call_impl is None
+    assert caplog.text.count("replayed from CUDA graphs") == 1
+    monkeypatch.setattr("qdm_cli.engine.runtime.graphs.why_not", lambda denoiser: "it is offloaded")
+    with caplog.at_level(logging.INFO):
+        assert qdm_cli.load(exported).unet._compiled_call_impl is None
+    assert "no CUDA graphs: it is offloaded" in caplog.text
+    with pytest.raises(InputError, match="it is offloaded"):
+        qdm_cli.load(exported, graphs=True)
 
 
 def test_graphs_are_switched_on_by_load_once_with_or_without_a_cache(exported: Path, x: torch.Tensor) -> None:
