@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -109,3 +110,12 @@ def test_the_switch_leaves_launches_to_triton(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(4):
         variant.launch((1, 1, 1), (torch.ones(4),), REST, None, {})
     assert kernel.by_triton == 4
+
+
+def test_a_tensor_elsewhere_is_left_to_triton_which_refuses_it() -> None:
+    kernel = Kernel(lambda *said: None)
+    variant = direct.Variant(kernel, {})
+    elsewhere = mock.Mock(data_ptr=lambda: 64, get_device=lambda: 3)
+    for other in (torch.ones(4), torch.ones(4), torch.ones(4), elsewhere):
+        variant.launch((1, 1, 1), (torch.ones(4), other), REST, None, {})
+    assert kernel.by_triton == 3

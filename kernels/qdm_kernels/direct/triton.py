@@ -41,7 +41,7 @@ class Variant:
     def launch(self, grid: Grid, tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...], boxes: Boxes | None, heads: Heads) -> None:
         """Run it. boxes: None = no descriptors; heads: those that were encoded for this grid and these sizes."""
         route = self._route
-        if route is None or self._state != "direct" or watched():
+        if route is None or self._state != "direct" or watched() or apart(tensors):
             self._by_triton(grid, tensors, rest, boxes, heads)
             return
         values: Sequence[Any] = [None if one is None else one.data_ptr() for one in tensors]
@@ -189,6 +189,15 @@ def _is_hook(one: Any) -> bool:
     """Is it a hook that nobody waits for, or what is prepared for one?"""
     hooks = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
     return any(one is hook for hook in hooks) or type(one).__name__ == "LazyDict"
+
+
+def apart(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Is one of them on another device than the first? Triton says so, an address does not."""
+    home = tensors[0].get_device() if tensors and tensors[0] is not None else None
+    for one in tensors:
+        if one is not None and one.get_device() != home:
+            return True
+    return False
 
 
 def watched() -> bool:
