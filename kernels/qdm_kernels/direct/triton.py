@@ -194,7 +194,7 @@ def _is_hook(one: Any) -> bool:
 def apart(tensors: tuple[Tensor | None, ...]) -> bool:
     """Is one of them on another device than the first? Triton says so, an address does not."""
     home = tensors[0].get_device() if tensors and tensors[0] is not None else None
-    return any([one.get_device() != home for one in tensors if one is not None])  # a list takes half the time
+    return any([one.get_device() != home for one in tensors if one is not None])  # noqa: C419  a list takes half the time
 
 
 def watched() -> bool:
