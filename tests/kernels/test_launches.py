@@ -17,6 +17,7 @@ from launches import Launch, recorded
 
 from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.gemm import tiles
+from qdm_kernels.layer_norm_quantize import triton as layer_norm
 from qdm_kernels.linear_w4a16 import triton as weight_only
 from qdm_kernels.linear_w8a8 import triton as linear
 from qdm_kernels.quantize import triton as quantize
@@ -97,6 +98,19 @@ def test_quantizers() -> None:
         launch.code.check(dot=None, copies=False, registers=64)
         assert launch.code.count(r"\bLDG\.E\.128\b") > 0
         assert launch.code.count(r"\bSTG\.E\.(64|128)\b") > 0
+
+
+@pytest.mark.parametrize(("k", "rows_at_once"), [(320, 8), (1280, 2), (3072, 1)])
+def test_layer_norms_are_one_wave_at_any_resolution(k: int, rows_at_once: int) -> None:
+    """16 warps of each of 132 multiprocessors at most; a new number of rows or samples compiles nothing."""
+    with recorded(90, layer_norm.layer_norm_kernel) as launches:
+        for samples, rows in ((1, 4608), (2, 4096), (1, 77), (3, 1), (1, 100_001)):
+            x, m = torch.zeros(samples, rows, k, dtype=torch.bfloat16), torch.zeros(samples, k, dtype=torch.bfloat16)
+            layer_norm.normalize_quantize(x, None, None, [m, m], None, 1e-6, torch.ones(9), ZERO, STEP, 8)
+    assert len({id(launch.variant) for launch in launches}) == 1
+    assert all(launch.grid[0] <= 132 * 4 for launch in launches)
+    assert [launch.grid[0] for launch in launches[2:4]] == [-(-77 // rows_at_once), 3]
+    launches[0].code.check(dot=None, copies=False, registers=128)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

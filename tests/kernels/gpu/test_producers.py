@@ -69,6 +69,16 @@ def test_layer_norms_on_random_shapes(dtype: torch.dtype) -> None:
         oracle.check_rows(*layer_norm_quantize_per_token(x, **keys), exact)
 
 
+@pytest.mark.parametrize(("samples", "rows", "k"), [(1, 4608, 3072), (2, 2500, 1280), (3, 4001, 320), (5, 1200, 1152)])
+def test_layer_norms_of_many_rows_per_program(samples: int, rows: int, k: int) -> None:
+    """Where a program goes through several rows, none is left out, written twice or modulated as another sample's."""
+    x, m = floats(samples, rows, k, dtype=torch.bfloat16), floats(samples, k, seed=1, dtype=torch.bfloat16)
+    shift, scale, zero = floats(samples, k, seed=2, dtype=torch.bfloat16), SCALES[:1].to(GPU), ZEROS[:1].to(GPU)
+    exact = oracle.layer_norm(x, modulation=(m, shift))
+    oracle.check_codes(layer_norm_quantize(x, scale, zero, modulation=(m, shift)), exact, scale)
+    oracle.check_rows(*layer_norm_quantize_per_token(x, modulation=(m, shift)), exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 def test_group_norms_on_random_shapes(dtype: torch.dtype) -> None:
     rng = random.Random(3)

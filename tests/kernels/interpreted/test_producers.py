@@ -11,7 +11,9 @@ from torch import Tensor
 
 from qdm_kernels import backend
 from qdm_kernels.gelu_quantize.op import gelu_quantize, gelu_quantize_per_token
+from qdm_kernels.gemm import tiles
 from qdm_kernels.group_norm_quantize.op import group_norm_quantize
+from qdm_kernels.layer_norm_quantize import triton as kernel
 from qdm_kernels.layer_norm_quantize.op import layer_norm_quantize, layer_norm_quantize_per_token
 
 SCALES, ZEROS = torch.tensor([0.031, 0.02, 0.3]), torch.tensor([3, -100, 0], dtype=torch.int8)
@@ -48,6 +50,41 @@ def test_layer_norm_without_affine_takes_rows_of_tables_and_gains() -> None:
     codes, scale = layer_norm_quantize_per_token(x, gain=gains, step=STEP)
     check_rows(codes, scale, layer_norm(x, gain=gains[1]))
     check_codes(layer_norm_quantize(x, SCALES[:1], ZEROS, gain=gains[2], step=STEP), layer_norm(x, gain=gains[2]), SCALES[0], -100)
+
+
+@pytest.mark.parametrize("shape", [(1, 37, 72), (3, 21, 320), (2, 11, 1280), (2, 9, 768), (37, 40), (5, 6200)], ids=str)
+def test_layer_norm_of_many_rows_per_program(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of one multiprocessor: each program takes several rows, of one sample; the bits are those of one row per program."""
+    k = shape[-1]
+    x, w, b = normal(*shape, mean=2.0), normal(k, seed=1), normal(k, seed=2)
+    for modulation in (None, (normal(shape[0], k, seed=3, scale=0.3), normal(shape[0], k, seed=4))):
+        keys = {"weight": w, "bias": b, "modulation": modulation}
+        found = []
+        for count in (132, 1):
+            monkeypatch.setattr(tiles, "processors", lambda device, count=count: (90, count))
+            kernel._ready.clear()
+            found.append((layer_norm_quantize(x, SCALES[:1], ZEROS[:1], **keys), *layer_norm_quantize_per_token(x, **keys)))
+        kernel._ready.clear()
+        check_codes(found[1][0], layer_norm(x, w, b, modulation), SCALES[0], 3)
+        assert all(torch.equal(one, many) for one, many in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("present", range(8))
+def test_layer_norm_with_some_of_weight_bias_and_gain(present: int) -> None:
+    x, w, b, gain = normal(2, 5, 72), normal(72, seed=1), normal(72, seed=2), normal(72, seed=3)
+    w, b, gain = (one if present >> i & 1 else None for i, one in enumerate((w, b, gain)))
+    for modulation in (None, (normal(2, 72, seed=4), normal(2, 72, seed=5))):
+        codes = layer_norm_quantize(x, SCALES[:1], ZEROS[:1], weight=w, bias=b, gain=gain, modulation=modulation)
+        check_codes(codes, layer_norm(x, w, b, modulation, gain), SCALES[0], 3)
+
+
+def test_layer_norm_of_rows_with_nan() -> None:
+    x = normal(3, 100)
+    x[1, 99] = math.nan
+    assert layer_norm_quantize(x, SCALES[:1], ZEROS[:1])[1].eq(3).all()
+    codes, scale = layer_norm_quantize_per_token(x)
+    assert scale.isnan().flatten().tolist() == [False, True, False]
+    assert codes[1].eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
