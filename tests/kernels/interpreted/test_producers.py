@@ -52,7 +52,7 @@ def test_layer_norm_without_affine_takes_rows_of_tables_and_gains() -> None:
     check_codes(layer_norm_quantize(x, SCALES[:1], ZEROS, gain=gains[2], step=STEP), layer_norm(x, gain=gains[2]), SCALES[0], -100)
 
 
-@pytest.mark.parametrize("shape", [(1, 37, 72), (3, 21, 320), (2, 11, 1280), (2, 9, 768), (37, 40), (5, 6200)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 300, 72), (3, 21, 320), (2, 11, 1280), (2, 9, 768), (7, 40), (5, 6200)], ids=str)
 def test_layer_norm_of_many_rows_per_program(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of one multiprocessor: each program takes several rows, of one sample; the bits are those of one row per program."""
     k = shape[-1]
