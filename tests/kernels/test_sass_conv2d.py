@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stride 2": {"SH": 2, "SW": 2},
     "partial block": {"EVEN_C": False},
     "past 2^31": {"WIDE": True},
+    "zero points": {"centre_ptr": "*i32", "x_sums_ptr": "*i32"},
 }
 FEW = {(128, 128, 64), (64, 64, 64)}  # (bm, bn, bk) of the tiles on which the other variants are compiled
 
@@ -74,9 +75,10 @@ def test_plain_unpacking_would_permute_bytes() -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("centre", [False, True], ids=["symmetric", "centre"])
 def test_the_second_kernel_does_not_spill(centre: bool, capability: int) -> None:
-    types = {**POINTERS, **dict.fromkeys(("M", "N", "SUMS_N", "H", "W", "OH", "OW", "SPLITS"), "i32"), "centre_ptr": "*i32"}
+    types = {**POINTERS, **dict.fromkeys(("M", "N", "H", "W", "OH", "OW", "SPLITS"), "i32")}
+    types |= {"centre_ptr": "*i32", "x_sums_ptr": "*i32"} if centre else {}
     types.pop("x_ptr")
     keep = ("WIDE", "PER_IMAGE", "TABLES", "HAS_BIAS", "HAS_RESIDUAL", "ACTIVATION")
-    fixed = GEOMETRY | {k: FULL[k] for k in keep} | {"CENTRE": centre, "BM": 32, "BN": 64}
-    odd = ("M", "H", "W", "OH", "OW", "SPLITS", *(("SUMS_N",) if centre else ()))
+    fixed = GEOMETRY | {k: FULL[k] for k in keep} | {"BM": 32, "BN": 64}
+    odd = ("M", "H", "W", "OH", "OW", "SPLITS")
     compile_for(finish_kernel, capability, types, fixed, warps=4, odd=odd).check(dot=None, copies=False, registers=128)

@@ -40,33 +40,38 @@ def test_linear(tile: Tile, bits: int) -> None:
         assert launch.code.count(r"\bPRMT\b") <= 40
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_gated_linear(bits: int) -> None:
-    """Values and gates are two boxes of one tile; nothing spills, and codes leave in words."""
-    state = linear.prepare(torch.zeros((640, 384), dtype=torch.int8), torch.zeros(640, dtype=torch.int32), bits)
-    end, tile = Epilogue("geglu", None, torch.int8, ONE, ZERO, ZERO), TMA_TILES[0]
-    with recorded(90, hopper.linear_kernel) as launches:
+@pytest.mark.parametrize(("tile", "bits"), CASES if FULL else CASES[::5] + CASES[-1:], ids=str)
+def test_gated_linear(tile: Tile, bits: int) -> None:
+    """Values and gates are two boxes of one tile; nothing spills, with zero points of weights neither, and codes leave in words."""
+    codes, zero = torch.zeros((640, 384), dtype=torch.int8), torch.full((640,), (1 << bits - 1) - 1, dtype=torch.int32)
+    codes[0] = -(1 << bits - 1)
+    state, end = linear.prepare(codes, zero, bits), Epilogue("geglu", None, torch.int8, ONE, ZERO, ZERO)
+    with recorded(90, hopper.linear_kernel, linear.row_sums_kernel) as launches:
         x = torch.zeros((300, 384), dtype=torch.int8)
         linear.launch(x, ZERO, state, torch.int8, x_scale=ONE, w_scale=torch.ones(640), end=end, plan=Plan(tile))
-    (launch,) = launches
-    assert launch.grid == (3 * 5, 1, 1)
-    launch.code.check(dot="int", registers=tile.registers)
-    assert launch.code.count("UTMALDG") >= 3
-    assert launch.code.count(r"\bSTG\.E\.U8\b") == 0
+    sums, product = launches
+    sums.code.check(dot=None, copies=False, registers=64)
+    assert product.grid == (-(-300 // tile.bm) * (-(-640 // tile.bn)), 1, 1)
+    product.code.check(dot="int", registers=tile.registers)
+    assert product.code.count("UTMALDG") >= 3
+    assert product.code.count(r"\bSTG\.E\.U8\b") == 0
 
 
+@pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_convolution(bits: int) -> None:
-    state = conv.prepare(
-        torch.zeros((192, 192, 3, 3), dtype=torch.int8), torch.zeros(192, dtype=torch.int32), Conv2dGeometry(padding=(1, 1)), bits
-    )
+def test_convolution(bits: int, zero: bool) -> None:
+    codes = torch.full((192, 192, 3, 3), -(1 << bits - 1), dtype=torch.int8)
+    points = torch.full((192,), int(zero), dtype=torch.int32)
+    state = conv.prepare(codes, points, Conv2dGeometry(padding=(1, 1)), bits)
     tile = next(t for t in TMA_TILES if t.bk == 64)
-    with recorded(90, hopper.conv2d_kernel, conv.finish_kernel) as launches:
+    before = ["row_sums_kernel", "window_sums_kernel"] if zero else []
+    with recorded(90, hopper.conv2d_kernel, conv.finish_kernel, conv.window_sums_kernel, linear.row_sums_kernel) as launches:
         x = torch.zeros((2, 192, 16, 16), dtype=torch.int8)
         conv.launch(x, ZERO, state, torch.bfloat16, x_scale=ONE, w_scale=torch.ones(192, 1, 1), end=END, plan=Plan(tile))
-    assert launches[0].grid == (4 * -(-192 // tile.bn), 1, 1)
-    launches[0].code.check(dot="int", registers=tile.registers)
-    assert launches[0].code.count("UTMALDG") >= 2
+    assert [launch.kernel for launch in launches] == [*before, "conv2d_kernel"]
+    assert launches[-1].grid == (4 * -(-192 // tile.bn), 1, 1)
+    launches[-1].code.check(dot="int", registers=tile.registers)
+    assert launches[-1].code.count("UTMALDG") >= 2
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 1, 1), (3, 64, 1, 1), (1, 64, 1, 7), (2, 64, 5, 1)], ids=str)

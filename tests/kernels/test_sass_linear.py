@@ -32,6 +32,8 @@ EPILOGUES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "per row": ({}, {"PER_ROW": True, "TABLES": 0}),
     "share": ({"work_ptr": "*i32"}, {"SPLIT": True}),
     "odd inputs": ({}, {"EVEN_K": False}),
+    "zero points": ({"centre_ptr": "*i32", "x_sums_ptr": "*i32"}, {}),
+    "gated": ({"out_ptr": "*i8", "out_scale_ptr": "*fp32", "out_zero_ptr": "*i32"}, {"TABLES": 15, "ACTIVATION": "geglu"}),
 }
 
 

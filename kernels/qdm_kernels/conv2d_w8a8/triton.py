@@ -33,10 +33,11 @@ from qdm_kernels.gemm.triton import (
     tile_of,
     unpack_high,
     unpack_low,
+    variant,
 )  # fmt: skip
 from qdm_kernels.geometry import Conv2dGeometry, Pair
 from qdm_kernels.layout import pack_int4, padded_length
-from qdm_kernels.linear_w8a8.triton import SCALARS, finishing, options_of
+from qdm_kernels.linear_w8a8.triton import SCALARS, finishing, options_of, sums_of
 
 
 @triton.jit
@@ -61,10 +62,30 @@ def _border_row(
     return _valid_taps(pixel // OW, H, KH, SH, PH, DH) * columns + _valid_taps(pixel % OW, W, KW, SW, PW, DW)
 
 
+@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
+def window_sums_kernel(
+    x_sums_ptr, out_ptr, M, H, W, OH, OW,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Sums of the codes that an output pixel reads from those of every pixel of the input: int32 [B, H, W] -> [B, OH, OW]."""
+    if OVERLAP:
+        follow()
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    image, pixel = at // (OH * OW), at % (OH * OW)
+    top, left = (pixel // OW) * SH - PH, (pixel % OW) * SW - PW
+    total = tl.zeros((BLOCK,), dtype=tl.int32)
+    for tap in tl.static_range(KH * KW):
+        y, x = top + tap // KW * DH, left + tap % KW * DW
+        inside = (at < M) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        total += tl.load(x_sums_ptr + (image * H + y) * W + x, mask=inside, other=0)
+    tl.store(out_ptr + at, total, mask=at < M)
+
+
 @triton.jit
 def finish_pixels(
-    acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
-    out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, SUMS_N,
+    acc, offs_m, offs_n, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+    out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -76,7 +97,10 @@ def finish_pixels(
     x_zero = pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32)
     if x_zero != 0:
         row = _border_row(offs_m, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW)
-        acc -= x_zero * tl.load(sums_ptr + row[:, None] * SUMS_N + offs_n[None, :], mask=mask, other=0)
+        acc -= x_zero * tl.load(sums_ptr + row[:, None] * N + offs_n[None, :], mask=mask, other=0)
+    if centre_ptr is not None:
+        x_sums = tl.load(x_sums_ptr + offs_m, mask=m_ok, other=0)
+        acc -= x_sums[:, None] * tl.load(centre_ptr + offs_n, mask=n_ok, other=0)[None, :]
     if out_ptr.dtype.element_ty == tl.int32:
         tl.store(out_ptr + at, acc, mask=mask)
     else:
@@ -95,7 +119,7 @@ def finish_pixels(
 # TABLES: which of x_scale 1, x_zero_point 2, out_scale 4, out_zero_point 8 are indexed by the step.
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "BLOCKS", "BLOCKS_PER_SPLIT"], do_not_specialize_on_alignment=SCALARS)
 def conv2d_kernel(
-    x_ptr, w_ptr, work_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+    x_ptr, w_ptr, work_ptr, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
     out_scale_ptr, out_zero_ptr, out_ptr, M, N, C, H, W, OH, OW, BLOCKS, BLOCKS_PER_SPLIT,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
@@ -154,51 +178,41 @@ def conv2d_kernel(
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         offs_half = tile_n * BN + tl.arange(0, BN // 2)
         finish_pixels(
-            left, offs_m, offs_half, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
-            out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE,
+            left, offs_m, offs_half, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr,
+            residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE,
             TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
         finish_pixels(
-            right, offs_m, offs_half + BN // 2, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr,
-            residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE,
+            right, offs_m, offs_half + BN // 2, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr,
+            residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW, WIDE,
             PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "SPLITS"], do_not_specialize_on_alignment=SCALARS)
 def finish_kernel(
-    work_ptr, centre_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
-    out_scale_ptr, out_zero_ptr, out_ptr, M, N, SUMS_N, H, W, OH, OW, SPLITS,
+    work_ptr, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+    out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, SPLITS,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, PER_IMAGE: tl.constexpr, TABLES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, CENTRE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Adds the shares of K, in order, and finishes them: work [SPLITS, M, SUMS_N] int32 -> out [M, N].
-
-    CENTRE: column N of the sums is the product with ones, X; z_w[n] * X leaves every column n.
-    """
+    """Adds the shares of K, in order, and finishes them: work [SPLITS, M, N] int32 -> out [M, N]."""
     if OVERLAP:
         follow()
     offs_m = tl.program_id(0) * BM + tl.arange(0, BM)
     offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
     m_ok = offs_m < M
     mask = m_ok[:, None] & (offs_n < N)[None, :]
-    row = offs_m.to(tl.int64) * SUMS_N
+    row = offs_m.to(tl.int64) * N
     acc = tl.zeros((BM, BN), dtype=tl.int32)
-    ones = tl.zeros((BM,), dtype=tl.int32)
-    share = tl.cast(M, tl.int64) * SUMS_N
+    share = tl.cast(M, tl.int64) * N
     for split in range(SPLITS):
         acc += tl.load(work_ptr + split * share + row[:, None] + offs_n[None, :], mask=mask, other=0)
-        if CENTRE:
-            ones += tl.load(work_ptr + split * share + row + N, mask=m_ok, other=0)
-    if CENTRE:
-        border = _border_row(offs_m, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW)
-        ones -= pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32) * tl.load(sums_ptr + border * SUMS_N + N, mask=m_ok, other=0)
-        acc -= ones[:, None] * tl.load(centre_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
     finish_pixels(
-        acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
-        out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, SUMS_N, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE,
+        acc, offs_m, offs_n, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+        out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE,
         TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
     )  # fmt: skip
 
@@ -207,9 +221,8 @@ def finish_kernel(
 class State:
     """Weights as the kernel reads them.
 
-    weight: [F, kh, kw, ceil64(I)] int8, or half as many bytes uint8 of two K-planes; F = filters, and one of ones where centre is set.
-    sums: int32 [row intervals * column intervals, F], weight sums of the taps of an interval. centre: None = zero points are 0 or folded
-    in, else z_w, int32 [O].
+    weight: [N, kh, kw, ceil64(I)] int8, or half as many bytes uint8 of two K-planes. sums: int32 [row intervals * column intervals, N],
+    of the weights minus their zero points over the taps of an interval. centre: None = zero points are 0 or folded in; else z_w, int32 [N].
     """
 
     weight: Tensor
@@ -228,11 +241,16 @@ class State:
     @cached_property
     def outputs(self) -> int:
         """N."""
-        return self.weight.shape[0] - (self.centre is not None)
+        return self.weight.shape[0]
 
     @cached_property
     def ready(self) -> Ready[Product]:
         """Launches for the sizes that were met."""
+        return Ready()
+
+    @cached_property
+    def sums_ready(self) -> Ready[Call]:
+        """The same of sums of inputs, over pixels and over windows."""
         return Ready()
 
 
@@ -248,13 +266,11 @@ def why_not(channels: int, geometry: Conv2dGeometry) -> str | None:
 def prepare(codes: Tensor, zero_point: Tensor, geometry: Conv2dGeometry, bits: int = 8) -> State:
     """Lay out the weight; arguments as in `op.prepare`. bits 4: codes within [-8, 7], kept two to a byte."""
     weight, centre = subtract_zero_point(codes, zero_point), None
-    low, high = value_range(weight)
-    limit = 1 << bits - 1
+    sums, (low, high), limit = _interval_sums(weight), value_range(weight), 1 << bits - 1
     if low < -limit or high >= limit:
-        ones = torch.ones((1, *codes.shape[1:]), dtype=torch.int16, device=codes.device)
-        weight, centre = torch.cat([codes.to(torch.int16), ones]), zero_point.to(torch.int32)
+        weight, centre = codes, zero_point.to(torch.int32)
     stored = F.pad(weight.permute(0, 2, 3, 1), (0, padded_length(codes.shape[1]) - codes.shape[1])).to(torch.int8).contiguous()
-    return State(pack_int4(stored) if bits == 4 else stored, _interval_sums(weight), centre, codes.shape[1], geometry)
+    return State(pack_int4(stored) if bits == 4 else stored, sums, centre, codes.shape[1], geometry)
 
 
 def _interval_sums(weight: Tensor) -> Tensor:
@@ -285,41 +301,60 @@ def launch(
 ) -> Tensor:  # fmt: skip
     """Run the kernels; dtype int32 = corrected sums. plan: None = chosen by `tiles`."""
     b, _, h, w = x.shape
-    weight, size = state.weight, state.geometry.output_size((h, w), state.kernel)
+    size = state.geometry.output_size((h, w), state.kernel)
     out = torch.empty((b, *size, state.outputs), dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out.permute(0, 3, 1, 2)
     x = aligned(x.permute(0, 2, 3, 1))
     if end.residual is not None:
         end = replace(end, residual=end.residual.permute(0, 2, 3, 1))
-    pointers, kind = finishing(out, zero_point, x_scale, w_scale, bias, end, state.sums)
+    pointers, kind = finishing(out, zero_point, x_scale, w_scale, bias, end, _sums_of(x, state, size))
     key = (b, h, w, plan, end.activation, kind)
     ready = state.ready.get(key)
     if ready is None:
         ready = state.ready.keep(key, _ready(x, state, size, pointers, kind, end.activation, plan))
-    ready(x, weight, state.centre, pointers)
+    ready(x, state.weight, pointers)
     return out.permute(0, 3, 1, 2)
+
+
+def _sums_of(x: Tensor, state: State, size: Pair) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `linear_w8a8.triton.sums_of`, over the window of every output pixel of x [B, H, W, C]."""
+    weights, centre, sums = sums_of(x, state)
+    g, (b, h, w, _) = state.geometry, x.shape
+    if sums is None or (state.kernel == (1, 1) and (h, w) == size and g.padding == (0, 0)):
+        return weights, centre, sums
+    windows, key = torch.empty((b, *size), dtype=torch.int32, device=x.device), (b, h, w)
+    call = state.sums_ready.get(key)
+    if call is None:
+        overlap = overlaps(x.device)
+        constants = (*state.kernel, *g.stride, *g.padding, *g.dilation, 256, overlap)
+        call = Call(
+            window_sums_kernel, (cdiv(windows.numel(), 256), 1, 1), ("window sums", x.device.index, variant(sums, windows), constants),
+            (windows.numel(), h, w, *size, *constants), {"num_warps": 4, "launch_pdl": overlap},
+        )  # fmt: skip
+        state.sums_ready.keep(key, call)
+    call(sums, windows)
+    return weights, centre, windows
 
 
 def _ready(
     x: Tensor, state: State, size: Pair, pointers: tuple[Tensor | None, ...], kind: tuple[Any, ...], activation: str, plan: Plan | None
 ) -> Product:
     """What `launch` launches for x [B, H, W, C]; size: OH, OW."""
-    device, g, centre = x.device, state.geometry, state.centre is not None
-    (b, h, w, _), (f, kh, kw, row) = x.shape, state.weight.shape
-    n, m, bits = state.outputs, b * size[0] * size[1], 4 if state.weight.dtype == torch.uint8 else 8
-    plan = plan or choose_conv_plan(f"conv2d_w{bits}a8", m, f, kh * kw, row * 8 // bits, device, dense=g.stride == (1, 1))
+    device, g, (b, h, w, _), (n, kh, kw, row) = x.device, state.geometry, x.shape, state.weight.shape
+    m, bits = b * size[0] * size[1], 4 if state.weight.dtype == torch.uint8 else 8
+    plan = plan or choose_conv_plan(f"conv2d_w{bits}a8", m, n, kh * kw, row * 8 // bits, device, dense=g.stride == (1, 1))
     wide = max(x.numel(), m * n, state.weight.numel()) >= 1 << 31
-    flags, split, finish = (wide, *options_of(pointers, activation)), plan.splits > 1 or centre, None
+    flags, split, finish = (wide, *options_of(pointers, activation)), plan.splits > 1, None
     make = import_module("qdm_kernels.hopper.triton").conv2d_call if plan.tile.tma else _multiply
     if split:
-        constants = (kh, kw, *g.stride, *g.padding, *g.dilation, *flags, centre, 32, 64, overlaps(device))
+        constants = (kh, kw, *g.stride, *g.padding, *g.dilation, *flags, 32, 64, overlaps(device))
         finish = Call(
             finish_kernel, (cdiv(m, 32), cdiv(n, 64), 1),
-            ("conv2d finish", device.index, constants, kind, n % 16 == 0, n == 1, f % 16 == 0, f == 1),
-            (m, n, f, h, w, *size, plan.splits, *constants), {"num_warps": 4, "launch_pdl": overlaps(device)},
+            ("conv2d finish", device.index, constants, kind, n % 16 == 0, n == 1),
+            (m, n, h, w, *size, plan.splits, *constants), {"num_warps": 4, "launch_pdl": overlaps(device)},
         )  # fmt: skip
-    return Product(make(x, state.weight, split, flags, kind, plan, g, size), finish, (plan.splits, m, f))
+    return Product(make(x, state.weight, split, flags, kind, plan, g, size), finish, (plan.splits, m, n))
 
 
 def _multiply(

@@ -228,8 +228,8 @@ def pack(codes: Tensor, bits: int, chunk: int) -> Tensor:
 def unpack(words: Tensor, bits: int, outputs: int, inputs: int) -> Tensor:
     """Inverse of `pack`: int8 [N, K]."""
     planes = 16 // bits
-    shifts = torch.tensor([16 * i + bits * p for i in range(2) for p in range(planes)], dtype=torch.int32, device=words.device)
-    found = (words[..., None] >> shifts) & (1 << bits) - 1
+    # shifts are numbers: a tensor of them would be a copy from the CPU, which no graph captures
+    found = torch.stack([words >> 16 * i + bits * p for i in range(2) for p in range(planes)], -1) & (1 << bits) - 1
     codes = (found - 8 if bits == 4 else found).to(torch.int8)
     split = codes.view(len(words), -1, 8, 4, 2, 2, 2, planes).permute(0, 5, 2, 1, 3, 7, 4, 6)
     return split.reshape(len(words) * OUTPUTS, -1)[:outputs, :inputs]

@@ -48,21 +48,20 @@ class Call:
 class Product:
     """The launches of a matrix product of one size.
 
-    finish: adds the shares of K, or corrects for the row of ones; None = the product is finished where it is computed. shares: their
-    shape, [splits, M, F].
+    finish: adds the shares of K; None = the product is finished where it is computed. shares: their shape, [splits, M, N].
     """
 
     multiply: Call
     finish: Call | None
     shares: tuple[int, int, int]
 
-    def __call__(self, x: Tensor, weight: Tensor, centre: Tensor | None, pointers: tuple[Tensor | None, ...]) -> None:
+    def __call__(self, x: Tensor, weight: Tensor, pointers: tuple[Tensor | None, ...]) -> None:
         if self.finish is None:
             self.multiply(x, weight, None, *pointers)
             return
         work = torch.empty(self.shares, dtype=torch.int32, device=x.device)
         self.multiply(x, weight, work, *pointers)
-        self.finish(work, centre, *pointers)
+        self.finish(work, *pointers)
 
 
 class Ready(dict[Hashable, T]):

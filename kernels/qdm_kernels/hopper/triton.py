@@ -135,10 +135,16 @@ def _store_share(acc, work_ptr, offs_m, offs_n, M, N):
     gl.store(share + offs_m[:, None] * N + offs_n[None, :], acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
+@gluon.jit
+def _upper_and_lower(acc, BM: gl.constexpr, BN: gl.constexpr):
+    """Rows of a tile in two halves, without an exchange between threads."""
+    return gl.split(gl.permute(gl.reshape(acc, (2, BM // 2, BN)), (1, 2, 0)))
+
+
 @gluon.jit(do_not_specialize=["M", "BLOCKS", "BLOCKS_PER_SPLIT"], do_not_specialize_on_alignment=SCALARS)
 def linear_kernel(
-    x_desc, w_desc, work_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
-    out_zero_ptr, out_ptr, M, N, BLOCKS, BLOCKS_PER_SPLIT,
+    x_desc, w_desc, work_ptr, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+    out_scale_ptr, out_zero_ptr, out_ptr, M, N, BLOCKS, BLOCKS_PER_SPLIT,
     WIDE: gl.constexpr, PER_ROW: gl.constexpr, TABLES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
     ACTIVATION: gl.constexpr, BITS: gl.constexpr, SPLIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, WARPS: gl.constexpr, GROUP_M: gl.constexpr, TILE: gl.constexpr, OVERLAP: gl.constexpr,
@@ -178,17 +184,41 @@ def linear_kernel(
     offs_m = tile_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, ROWS))
     offs_n = first + gl.arange(0, HALF if GATED else BN, layout=gl.SliceLayout(0, ROWS))
     if GATED:
-        value, gate = halves(acc, BM, BN)
-        finish_gated(
-            gl.convert_layout(value, ROWS), gl.convert_layout(gate, ROWS), offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr,
-            w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL,
-        )  # fmt: skip
+        if BITS == 4 and BN < 32 * WARPS:  # values and gates are sums of different warps
+            acc = gl.convert_layout(acc, ROWS)
+        # Part by part where they are many, of the columns or, packed weights being sums by columns, of the rows: registers.
+        MANY: gl.constexpr = BM * BN >= 4096 * WARPS
+        PARTS: gl.constexpr = 1 if not MANY else 4 if BITS == 4 and centre_ptr is not None else 2
+        LONG: gl.constexpr = BM // PARTS if BITS == 4 else BM
+        COLUMNS: gl.constexpr = HALF if BITS == 4 else HALF // PARTS
+        PART: gl.constexpr = _rows_layout(COLUMNS, WARPS)
+        for part in gl.static_range(PARTS):
+            some = acc
+            if BITS == 4 and MANY:
+                upper, lower = _upper_and_lower(acc, BM, BN)
+                some = upper if part < PARTS // 2 else lower
+                if PARTS == 4:
+                    upper, lower = _upper_and_lower(some, BM // 2, BN)
+                    some = upper if part % 2 == 0 else lower
+            value, gate = halves(some, LONG, BN)
+            if PARTS == 2 and BITS == 8:
+                v0, v1 = halves(value, BM, HALF)
+                g0, g1 = halves(gate, BM, HALF)
+                value, gate = (v0, g0) if part == 0 else (v1, g1)
+            rows = tile_m * BM + (part * LONG if BITS == 4 else 0) + gl.arange(0, LONG, layout=gl.SliceLayout(1, PART))
+            columns = first + (part * COLUMNS if BITS == 8 else 0) + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, PART))
+            finish_gated(
+                gl.convert_layout(value, PART), gl.convert_layout(gate, PART), rows, columns, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr,
+                x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW,
+                TABLES, HAS_BIAS, HAS_RESIDUAL,
+            )  # fmt: skip
     elif SPLIT:
         _store_share(gl.convert_layout(acc, ROWS), work_ptr, offs_m, offs_n, M, N)
     else:
         finish_tile(
-            gl.convert_layout(acc, ROWS), offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
-            out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            gl.convert_layout(acc, ROWS), offs_m, offs_n, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr,
+            w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS,
+            HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
 
 
@@ -205,8 +235,8 @@ def _pixels(
 
 @gluon.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "BLOCKS", "BLOCKS_PER_SPLIT"], do_not_specialize_on_alignment=SCALARS)
 def conv2d_kernel(
-    x_desc, w_desc, work_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
-    out_zero_ptr, out_ptr, M, N, H, W, OH, OW, BLOCKS, BLOCKS_PER_SPLIT,
+    x_desc, w_desc, work_ptr, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+    out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, BLOCKS, BLOCKS_PER_SPLIT,
     KH: gl.constexpr, KW: gl.constexpr, SH: gl.constexpr, SW: gl.constexpr, PH: gl.constexpr, PW: gl.constexpr,
     DH: gl.constexpr, DW: gl.constexpr, WIDE: gl.constexpr, PER_IMAGE: gl.constexpr, TABLES: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, BITS: gl.constexpr, SPLIT: gl.constexpr,
@@ -262,9 +292,9 @@ def conv2d_kernel(
                 first, second = gl.split(gl.permute(gl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
                 part = first if half == 0 else second
             finish_pixels(
-                gl.convert_layout(part, PART), offs_m, offs_n + half * (BN // 2), sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr,
-                w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, N, KH, KW, SH, SW, PH, PW,
-                DH, DW, WIDE, PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+                gl.convert_layout(part, PART), offs_m, offs_n + half * (BN // 2), sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr,
+                x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, KH,
+                KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
             )  # fmt: skip
 
 

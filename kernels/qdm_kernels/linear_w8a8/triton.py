@@ -32,12 +32,36 @@ from qdm_kernels.gemm.triton import (
     tile_of,
     unpack_high,
     unpack_low,
+    variant,
 )  # fmt: skip
 from qdm_kernels.layout import pack_int4, padded_length
 
 # A row of a table stands at any address: it is read one element at a time, so that no variant need know more.
 SCALARS = ["x_scale_ptr", "x_zero_ptr", "step_ptr", "out_scale_ptr", "out_zero_ptr"]
 _MOST_INPUTS = 131_071  # 128 * 128 * K must stay below 2^31: integer tensor cores saturate there
+
+
+@triton.jit
+def row_sums_kernel(x_ptr, out_ptr, ROWS, K, R: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """Sums of R rows of codes: x int8 [ROWS, K] -> int32 [ROWS]."""
+    if OVERLAP:
+        follow()
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    row_ok, total = rows < ROWS, tl.zeros((R, BLOCK), dtype=tl.int32)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        total += tl.load(x_ptr + rows.to(tl.int64)[:, None] * K + k[None, :], mask=row_ok[:, None] & (k < K)[None, :], other=0).to(tl.int32)
+    tl.store(out_ptr + rows, tl.sum(total, axis=1), mask=row_ok)
+
+
+@triton.jit
+def centred(acc, offs_m, offs_n, m_ok, n_ok, sums_ptr, centre_ptr, x_sums_ptr, x_zero):
+    """sum (x - z_x)(w - z_w) of raw sums of x w: z_x by the sums of w - z_w, z_w by those of the rows of x."""
+    acc -= x_zero * tl.load(sums_ptr + offs_n, mask=n_ok, other=0)[None, :]
+    if centre_ptr is not None:
+        x_sums = tl.load(x_sums_ptr + offs_m, mask=m_ok, other=0)
+        acc -= x_sums[:, None] * tl.load(centre_ptr + offs_n, mask=n_ok, other=0)[None, :]
+    return acc
 
 
 @triton.jit
@@ -58,7 +82,8 @@ def scaled_tile(
 
 @triton.jit
 def finish_tile(
-    acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr,
+    acc, offs_m, offs_n, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+    out_scale_ptr, out_zero_ptr,
     out_ptr, M, N, WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +92,7 @@ def finish_tile(
     mask = m_ok[:, None] & n_ok[None, :]
     at = (offs_m.to(tl.int64) if WIDE else offs_m)[:, None] * N + offs_n[None, :]
     x_zero = pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32)
-    acc -= x_zero * tl.load(sums_ptr + offs_n, mask=n_ok, other=0)[None, :]
+    acc = centred(acc, offs_m, offs_n, m_ok, n_ok, sums_ptr, centre_ptr, x_sums_ptr, x_zero)
     if out_ptr.dtype.element_ty == tl.int32:
         tl.store(out_ptr + at, acc, mask=mask)
     else:
@@ -79,7 +104,8 @@ def finish_tile(
 
 @triton.jit
 def finish_gated(
-    value, gate, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+    value, gate, offs_m, offs_n, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+    out_scale_ptr,
     out_zero_ptr, out_ptr, M, N, WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -87,10 +113,10 @@ def finish_gated(
     half = N // 2
     m_ok, n_ok = offs_m < M, offs_n < half
     x_zero = pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32)
-    value -= x_zero * tl.load(sums_ptr + offs_n, mask=n_ok, other=0)[None, :]
-    gate -= x_zero * tl.load(sums_ptr + half + offs_n, mask=n_ok, other=0)[None, :]
+    gate = centred(gate, offs_m, half + offs_n, m_ok, n_ok, sums_ptr, centre_ptr, x_sums_ptr, x_zero)
     y = scaled_tile(gate, offs_m, half + offs_n, m_ok, n_ok, x_scale_ptr, step_ptr, w_scale_ptr, bias_ptr, PER_ROW, TABLES, HAS_BIAS)
     y = activate(y, "gelu")
+    value = centred(value, offs_m, offs_n, m_ok, n_ok, sums_ptr, centre_ptr, x_sums_ptr, x_zero)
     y *= scaled_tile(value, offs_m, offs_n, m_ok, n_ok, x_scale_ptr, step_ptr, w_scale_ptr, bias_ptr, PER_ROW, TABLES, HAS_BIAS)
     at, mask = (offs_m.to(tl.int64) if WIDE else offs_m)[:, None] * half + offs_n[None, :], m_ok[:, None] & n_ok[None, :]
     store(y, out_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, step_ptr, at, mask, "none", HAS_RESIDUAL, TABLES & 4, TABLES & 8)
@@ -105,8 +131,8 @@ def halves(acc, BM: tl.constexpr, BN: tl.constexpr):
 # TABLES: which of x_scale 1, x_zero_point 2, out_scale 4, out_zero_point 8 are indexed by the step.
 @triton.jit(do_not_specialize=["M", "BLOCKS", "BLOCKS_PER_SPLIT"], do_not_specialize_on_alignment=SCALARS)
 def linear_kernel(
-    x_ptr, w_ptr, work_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
-    out_zero_ptr, out_ptr, M, N, K, BLOCKS, BLOCKS_PER_SPLIT,
+    x_ptr, w_ptr, work_ptr, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+    out_scale_ptr, out_zero_ptr, out_ptr, M, N, K, BLOCKS, BLOCKS_PER_SPLIT,
     WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, OVERLAP: tl.constexpr,
@@ -153,73 +179,70 @@ def linear_kernel(
         at = (tl.program_id(1).to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
         tl.store(work_ptr + at, acc, mask=m_ok[:, None] & n_ok[None, :])
     elif GATED:
+        # Quarters of a wide tile, a half of the values and its gates at a time: registers again.
+        PARTS: tl.constexpr = 2 if BM * BN >= 8192 else 1
+        WIDTH: tl.constexpr = BN // 2 // PARTS
         value, gate = halves(acc, BM, BN)
-        finish_gated(
-            value, gate, offs_m, tile_n * (BN // 2) + tl.arange(0, BN // 2), sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr,
-            bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL,
-        )  # fmt: skip
+        for part in tl.static_range(PARTS):
+            v, g = value, gate
+            if PARTS == 2:
+                v0, v1 = halves(value, BM, BN // 2)
+                g0, g1 = halves(gate, BM, BN // 2)
+                v, g = (v0, g0) if part == 0 else (v1, g1)
+            finish_gated(
+                v, g, offs_m, tile_n * (BN // 2) + part * WIDTH + tl.arange(0, WIDTH), sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr,
+                x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW,
+                TABLES, HAS_BIAS, HAS_RESIDUAL,
+            )  # fmt: skip
     elif BM * BN >= 8192:
         # Two halves, one after the other: a whole tile's epilogue takes half as many registers again.
         left, right = halves(acc, BM, BN)
         offs_half = tile_n * BN + tl.arange(0, BN // 2)
         finish_tile(
-            left, offs_m, offs_half, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
-            out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            left, offs_m, offs_half, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr,
+            residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
         finish_tile(
-            right, offs_m, offs_half + BN // 2, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
-            out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            right, offs_m, offs_half + BN // 2, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr,
+            bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
     else:
         finish_tile(
-            acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
-            out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            acc, offs_m, offs_n, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+            out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "SPLITS"], do_not_specialize_on_alignment=SCALARS)
 def finish_kernel(
-    work_ptr, centre_ptr, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr,
-    out_ptr, M, N, WORK_N, SPLITS,
+    work_ptr, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+    out_zero_ptr, out_ptr, M, N, SPLITS,
     WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, CENTRE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Adds the shares of K, in order, and finishes them: work [SPLITS, M, WORK_N] int32 -> out [M, N], or with
-    `geglu` [M, N / 2].
-
-    CENTRE: column N of the sums is the product with ones, X; z_w[n] * (X - z_x K) leaves every column n.
-    """
+    """Adds the shares of K, in order, and finishes them: work [SPLITS, M, N] int32 -> out [M, N], or with `geglu` [M, N / 2]."""
     if OVERLAP:
         follow()
     offs_m, offs_n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     columns = N // 2 if ACTIVATION == "geglu" else N
     m_ok = offs_m < M
     mask = m_ok[:, None] & (offs_n < columns)[None, :]
-    row = offs_m.to(tl.int64) * WORK_N
-    acc = tl.zeros((BM, BN), dtype=tl.int32)
-    gate = tl.zeros((BM, BN), dtype=tl.int32)
-    ones = tl.zeros((BM,), dtype=tl.int32)
-    share, half = tl.cast(M, tl.int64) * WORK_N, N // 2
+    row = offs_m.to(tl.int64) * N
+    acc, gate = tl.zeros((BM, BN), dtype=tl.int32), tl.zeros((BM, BN), dtype=tl.int32)
+    share, half = tl.cast(M, tl.int64) * N, N // 2
     for split in range(SPLITS):
         acc += tl.load(work_ptr + split * share + row[:, None] + offs_n[None, :], mask=mask, other=0)
         if ACTIVATION == "geglu":
             gate += tl.load(work_ptr + split * share + row[:, None] + half + offs_n[None, :], mask=mask, other=0)
-        if CENTRE:
-            ones += tl.load(work_ptr + split * share + row + N, mask=m_ok, other=0)
-    if CENTRE:
-        ones -= pick(x_zero_ptr, step_ptr, TABLES & 2).to(tl.int32) * tl.load(sums_ptr + N)
-        acc -= ones[:, None] * tl.load(centre_ptr + offs_n, mask=offs_n < columns, other=0)[None, :]
-        if ACTIVATION == "geglu":
-            gate -= ones[:, None] * tl.load(centre_ptr + half + offs_n, mask=offs_n < columns, other=0)[None, :]
     if ACTIVATION == "geglu":
         finish_gated(
-            acc, gate, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
-            out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL,
+            acc, gate, offs_m, offs_n, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr,
+            residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL,
         )  # fmt: skip
     else:
         finish_tile(
-            acc, offs_m, offs_n, sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
-            out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            acc, offs_m, offs_n, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
+            out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
 
 
@@ -227,8 +250,8 @@ def finish_kernel(
 class State:
     """Weights as the kernel reads them.
 
-    weight: [F, ceil64(K)] int8, or half as many bytes uint8 in two K-planes; F = outputs, and a row of ones where centre is set.
-    sums: int32 [F], sum of each row. centre: None = zero points are 0 or folded in; else z_w, int32 [N].
+    weight: [N, ceil64(K)] int8, or half as many bytes uint8 in two K-planes; sums: int32 [N], of the weights minus their zero points.
+    centre: None = zero points are 0 or folded into the weight; else z_w, int32 [N].
     """
 
     weight: Tensor
@@ -251,11 +274,16 @@ class State:
     @cached_property
     def outputs(self) -> int:
         """N."""
-        return self.weight.shape[0] - (self.centre is not None)
+        return self.weight.shape[0]
 
     @cached_property
     def ready(self) -> Ready[Product]:
         """Launches for the sizes that were met."""
+        return Ready()
+
+    @cached_property
+    def sums_ready(self) -> Ready[Call]:
+        """The same of sums of inputs."""
         return Ready()
 
 
@@ -267,12 +295,9 @@ def why_not(inputs: int) -> str | None:
 def prepare(codes: Tensor, zero_point: Tensor, bits: int = 8) -> State:
     """Lay out the weight; arguments as in `op.prepare`. bits 4: codes within [-8, 7], kept two to a byte."""
     weight, centre = subtract_zero_point(codes, zero_point), None
-    low, high = value_range(weight)
-    limit = 1 << bits - 1
+    sums, (low, high), limit = weight.sum(1, dtype=torch.int32), value_range(weight), 1 << bits - 1
     if low < -limit or high >= limit:
-        ones = torch.ones((1, codes.shape[1]), dtype=torch.int16, device=codes.device)
-        weight, centre = torch.cat([codes.to(torch.int16), ones]), zero_point.to(torch.int32)
-    sums = weight.sum(1, dtype=torch.int32)
+        weight, centre = codes, zero_point.to(torch.int32)
     stored = F.pad(weight.to(torch.int8), (0, padded_length(codes.shape[1]) - codes.shape[1]))
     return State(pack_int4(stored) if bits == 4 else stored, sums, centre, codes.shape[1])
 
@@ -303,12 +328,12 @@ def launch(
     if k % 16:
         x = F.pad(x, (0, state.padded - k))
     x = aligned(x)
-    pointers, kind = finishing(out, zero_point, x_scale, w_scale, bias, end, state.sums)
+    pointers, kind = finishing(out, zero_point, x_scale, w_scale, bias, end, sums_of(x, state))
     key = (m, k, plan, end.activation, kind)
     ready = state.ready.get(key)
     if ready is None:
         ready = state.ready.keep(key, _ready(x.view(m, -1), state, out.shape[-1], pointers, kind, end.activation, plan))
-    ready(x, state.weight, state.centre, pointers)
+    ready(x, state.weight, pointers)
     return out
 
 
@@ -316,20 +341,19 @@ def _ready(
     x: Tensor, state: State, columns: int, pointers: tuple[Tensor | None, ...], kind: tuple[Any, ...], activation: str, plan: Plan | None
 ) -> Product:
     """What `launch` launches for x [M, K] and an output of so many columns."""
-    (m, _), device, weight, centre = x.shape, x.device, state.weight, state.centre is not None
-    f, n = weight.shape[0], state.outputs
-    plan = plan or choose_plan(f"linear_w{state.bits}a8", m, f, state.padded, device)
+    (m, _), device, weight, n = x.shape, x.device, state.weight, state.outputs
+    plan = plan or choose_plan(f"linear_w{state.bits}a8", m, n, state.padded, device)
     wide = max(x.numel(), m * n, weight.numel()) >= 1 << 31
-    flags, split, finish = (wide, *options_of(pointers, activation)), plan.splits > 1 or centre, None
+    flags, split, finish = (wide, *options_of(pointers, activation)), plan.splits > 1, None
     make = import_module("qdm_kernels.hopper.triton").linear_call if plan.tile.tma else _multiply
     if split:
-        constants = (*flags, centre, 32, 64, overlaps(device))
+        constants = (*flags, 32, 64, overlaps(device))
         finish = Call(
             finish_kernel, (cdiv(m, 32), cdiv(columns, 64), 1),
-            ("linear finish", device.index, constants, kind, n % 16 == 0, n == 1, f % 16 == 0, f == 1),
-            (m, n, f, plan.splits, *constants), {"num_warps": 4, "launch_pdl": overlaps(device)},
+            ("linear finish", device.index, constants, kind, n % 16 == 0, n == 1), (m, n, plan.splits, *constants), {"num_warps": 4,
+            "launch_pdl": overlaps(device)},
         )  # fmt: skip
-    return Product(make(x, weight, split, flags, kind, plan), finish, (plan.splits, m, f))
+    return Product(make(x, weight, split, flags, kind, plan), finish, (plan.splits, m, n))
 
 
 def _multiply(x: Tensor, weight: Tensor, split: bool, flags: tuple[Any, ...], kind: tuple[Any, ...], plan: Plan) -> Call:
@@ -346,23 +370,43 @@ def _multiply(x: Tensor, weight: Tensor, split: bool, flags: tuple[Any, ...], ki
     )  # fmt: skip
 
 
+def sums_of(x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sums of the weights, their zero points, and the sums of the last axis of x, which those are multiplied with: None = none are left."""
+    if state.centre is None:
+        return state.sums, None, None
+    k, sums = x.shape[-1], torch.empty(x.shape[:-1], dtype=torch.int32, device=x.device)
+    call = state.sums_ready.get(sums.numel())
+    if call is None:
+        block, overlap, rows = min(1024, max(16, 1 << (k - 1).bit_length())), overlaps(x.device), sums.numel()
+        at_once = 4096 // block
+        constants = (at_once, block, overlap)
+        call = Call(
+            row_sums_kernel, (cdiv(rows, at_once), 1, 1), ("row sums", x.device.index, variant(x, sums, rows, k), constants),
+            (rows, k, *constants), {"num_warps": 4, "launch_pdl": overlap},
+        )  # fmt: skip
+        state.sums_ready.keep(sums.numel(), call)
+    call(x, sums)
+    return state.sums, state.centre, sums
+
+
 def finishing(
-    out: Tensor, zero_point: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, end: Epilogue, sums: Tensor
-) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    """What every epilogue takes: its pointers in the kernels' order, and what launches of these depend on."""
+    out: Tensor, zero_point: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, end: Epilogue,
+    sums: tuple[Tensor, Tensor | None, Tensor | None],
+) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:  # fmt: skip
+    """What every epilogue takes: its pointers in the kernels' order, and what launches of these depend on. sums: of `sums_of`."""
     device = out.device
     step, x_scale, zero = scalar_on(end.step, device), scalar_on(x_scale, device), scalar_on(zero_point, device)
     out_scale, out_zero = scalar_on(end.out_scale, device), scalar_on(end.out_zero_point, device)
     residual = None if end.residual is None else aligned(end.residual)
     w_scale, bias = None if w_scale is None else aligned(w_scale), None if bias is None else aligned(bias)
-    pointers = (sums, x_scale, zero, step, w_scale, bias, residual, out_scale, out_zero, out)
+    pointers = (*sums, x_scale, zero, step, w_scale, bias, residual, out_scale, out_zero, out)
     many = [t is not None and t.numel() > 1 for t in (x_scale, zero, out_scale, out_zero)]
     return pointers, (*kinds(*pointers), *many)
 
 
 def options_of(pointers: tuple[Tensor | None, ...], activation: str) -> tuple[Any, ...]:
     """PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL and ACTIVATION of an epilogue."""
-    _, x_scale, zero, step, _, bias, residual, out_scale, out_zero, _ = pointers
+    _, _, _, x_scale, zero, step, _, bias, residual, out_scale, out_zero, _ = pointers
     many = [t is not None and t.numel() > 1 for t in (x_scale, zero, out_scale, out_zero)]
     tables = 0 if step is None else sum(1 << i for i, one in enumerate(many) if one)
     return step is None and many[0], tables, bias is not None, residual is not None, activation

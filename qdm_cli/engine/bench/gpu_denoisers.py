@@ -49,6 +49,7 @@ class GpuBench:
         compiled: torch.compile of nothing, of the repeated blocks, or of the whole denoiser.
         compile_mode: mode of torch.compile; None = default.
         seconds: least time of each measurement.
+        symmetric: weights without zero points; recipes give them some by default.
     """
 
     bits: int = 8
@@ -59,6 +60,7 @@ class GpuBench:
     seconds: float = 1.0
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
+    symmetric: bool = False
 
 
 def inputs_on(name: str, model: nn.Module, batch: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -73,11 +75,10 @@ def inputs_on(name: str, model: nn.Module, batch: int, device: str, dtype: torch
 
 
 @torch.no_grad()
-def pack_in_place_(model: nn.Module, call: dict[str, Any], bits: int, steps: int) -> StepContext:
+def pack_in_place_(model: nn.Module, call: dict[str, Any], bits: int, steps: int, symmetric: bool = False) -> StepContext:
     """Replace the layers of the default policy by packed ones on the model's device, one by one; ranges are those of this call."""
-    policy = QuantizeSpec(
-        weights=WeightPolicy(bits=bits, symmetric=True), activations=ActivationPolicy(bits=8, timestep_aware=True), policy="edges-w8"
-    )
+    weights, activations = WeightPolicy(bits=bits, symmetric=symmetric), ActivationPolicy(bits=8, timestep_aware=True)
+    policy = QuantizeSpec(weights=weights, activations=activations, policy="edges-w8")
     decisions = [d for d in resolve(model, policy) if d.skipped_why is None]
     ranges = _ranges(model, call, [d.name for d in decisions if d.bits_a is not None])
     top = float(call["timestep"].max()) * 2
@@ -111,7 +112,7 @@ def _ranges(model: nn.Module, call: dict[str, Any], names: list[str]) -> dict[st
 def _coded(layer: nn.Module, decision: LayerDecision, activation: QParams | None) -> LayerState:
     """Codes of a layer's weight on the device where it lies; `calibration.code_layer` brings them to the CPU."""
     weight, grid = cast(Tensor, layer.weight).float(), IntGrid(decision.bits_w)
-    params = choose_qparams(weight, grid, PerChannel(0), symmetric=True)
+    params = choose_qparams(weight, grid, PerChannel(0), symmetric=decision.symmetric)
     scale, zero = (None, None) if activation is None else (activation.scale, activation.zero_point.to(torch.int8))
     bias = None if layer.bias is None else cast(Tensor, layer.bias).float()
     codes = quantize(weight, params, grid, PerChannel(0))
@@ -309,6 +310,7 @@ def measure_on_gpu(name: str, bench: GpuBench, say: Say = print) -> Iterator[dic
     call = inputs_on(name, model, batch, bench.device, bench.dtype)
     row: dict[str, Any] = {
         "kind": "denoiser", "model": name, "batch": batch, "format": f"w{bench.bits}a8", "parameters": CONFIGS[name].parameters,
+        "weights": "symmetric" if bench.symmetric else "asymmetric",
         "steps": bench.steps, "compiled": bench.compiled, "compile_mode": bench.compile_mode or "default",
         "memory": {"bf16_allocated": torch.cuda.memory_allocated() - before},
     }  # fmt: skip
@@ -318,7 +320,7 @@ def measure_on_gpu(name: str, bench: GpuBench, say: Say = print) -> Iterator[dic
     row["bf16"] = _times(model, call, timesteps, bench, say)
     yield row
     call["timestep"].fill_(float(timesteps[0]) / 2)
-    step = pack_in_place_(model, call, bench.bits, bench.steps)
+    step = pack_in_place_(model, call, bench.bits, bench.steps, bench.symmetric)
     tune_(model, "auto")
     torch.cuda.empty_cache()
     row["memory"] |= {"packed_allocated": torch.cuda.memory_allocated() - before, **quantized_memory(model)}

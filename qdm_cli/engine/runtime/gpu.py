@@ -136,8 +136,8 @@ def join(layers: Sequence[PackedLayer]) -> Any:
     codes, scales, zeros, biases = zip(*parts, strict=True)
     bias = None if biases[0] is None else torch.cat(biases)
     joint = prepare_integers(layers[0], torch.cat(codes), torch.cat(scales), torch.cat(zeros), bias)
-    if joint.backend != "triton" or joint.state.centre is not None:
-        return None  # the row of ones behind the last of them belongs to each
+    if joint.backend != "triton":
+        return None
     for layer, rows in zip(layers, joint.state.weight.split([layer.spec.outputs for layer in layers]), strict=True):
         own = layer.form.prepared
         layer._form = replace(layer.form, prepared=replace(own, state=replace(own.state, weight=rows)))
