@@ -1,6 +1,6 @@
 """Times whole denoisers on this GPU, bf16 against qdm: eager, as a CUDA graph and, if asked, compiled; writes one JSON.
 
-    python kernels/bench/bench_denoisers.py sd15 sdxl flux --bits 8 --compile none|blocks|full [--symmetric] [--seconds 1] [--out FOLDER]
+    python kernels/bench/bench_denoisers.py sd15 sdxl flux --bits 8 --compile none|blocks|full [--symmetric] [--unfused] [--seconds 1] [--out FOLDER]
 
 Built on the GPU with random weights: the bf16 model is timed first, then packed in place. A row that fails its gate, the same codes in bf16
 arithmetic, is not timed. The file is written after every part, so that nothing measured is lost.
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--compile", choices=["none", "blocks", "full"], default="none")
     parser.add_argument("--mode", help="mode of torch.compile, such as max-autotune-no-cudagraphs")
     parser.add_argument("--symmetric", action="store_true", help="weights without zero points")
+    parser.add_argument("--unfused", action="store_true", help="also without fused blocks")
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -121,7 +121,7 @@ def test_queries_keys_and_values_are_one_product_over_one_copy_of_the_weights(po
     for _ in range(2):
         assert torch.equal(attention(x), want)
     storages = {packed.weight.untyped_storage().data_ptr() for packed, _, _ in pairs}
-    assert len(storages) == (3 if policy == "w4a8" else 1)
+    assert len(storages) == 1
     assert torch.equal(pairs[1][0](x), pairs[1][1](x))
 
 
