@@ -1,6 +1,7 @@
 """Times whole denoisers on this GPU, bf16 against qdm: eager, as a CUDA graph and, if asked, compiled; writes one JSON.
 
-    python kernels/bench/bench_denoisers.py sd15 sdxl flux --bits 8 --compile none|blocks|full [--symmetric] [--unfused] [--seconds 1] [--out FOLDER]
+    python kernels/bench/bench_denoisers.py sd15 sdxl flux --bits 8 --compile none|blocks|full
+        [--symmetric] [--unfused] [--seconds 1] [--out FOLDER]
 
 Built on the GPU with random weights: the bf16 model is timed first, then packed in place. A row that fails its gate, the same codes in bf16
 arithmetic, is not timed. The file is written after every part, so that nothing measured is lost.

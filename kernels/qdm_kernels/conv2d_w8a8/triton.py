@@ -37,7 +37,7 @@ from qdm_kernels.gemm.triton import (
 )  # fmt: skip
 from qdm_kernels.geometry import Conv2dGeometry, Pair
 from qdm_kernels.layout import pack_int4, padded_length
-from qdm_kernels.linear_w8a8.triton import SCALARS, finishing, options_of, sums_of
+from qdm_kernels.linear_w8a8.triton import SCALARS, finishing, halves, options_of, part_of, sums_of
 
 
 @triton.jit
@@ -174,19 +174,28 @@ def conv2d_kernel(
         at = (tl.program_id(1).to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
         tl.store(work_ptr + at, acc, mask=m_ok[:, None] & n_ok[None, :])
     else:
-        # Two halves, one after the other: 128 registers where a whole tile's epilogue takes 176.
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        # Two halves, one after the other: 128 registers where a whole tile's epilogue takes 176; with zero points of weights quarters.
+        left, right = halves(acc, BM, BN)
         offs_half = tile_n * BN + tl.arange(0, BN // 2)
-        finish_pixels(
-            left, offs_m, offs_half, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr,
-            residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE,
-            TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
-        )  # fmt: skip
-        finish_pixels(
-            right, offs_m, offs_half + BN // 2, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr,
-            residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW, WIDE,
-            PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
-        )  # fmt: skip
+        if centre_ptr is None or BN < 128:
+            finish_pixels(
+                left, offs_m, offs_half, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr,
+                w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH,
+                DW, WIDE, PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            )  # fmt: skip
+            finish_pixels(
+                right, offs_m, offs_half + BN // 2, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr,
+                w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH,
+                DW, WIDE, PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            )  # fmt: skip
+        else:
+            for part in tl.static_range(4):
+                quarter = part_of(left if part < 2 else right, BM, BN // 2, 2, part % 2)
+                finish_pixels(
+                    quarter, offs_m, tile_n * BN + part * (BN // 4) + tl.arange(0, BN // 4), sums_ptr, centre_ptr, x_sums_ptr,
+                    x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H,
+                    W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "SPLITS"], do_not_specialize_on_alignment=SCALARS)

@@ -128,6 +128,19 @@ def halves(acc, BM: tl.constexpr, BN: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
+@triton.jit
+def part_of(acc, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, part: tl.constexpr):
+    """One of 1, 2 or 4 equal parts of the columns of a tile."""
+    some = acc
+    if PARTS > 1:
+        left, right = halves(some, BM, BN)
+        some = left if part < PARTS // 2 else right
+    if PARTS > 2:
+        left, right = halves(some, BM, BN // 2)
+        some = left if part % 2 == 0 else right
+    return some
+
+
 # TABLES: which of x_scale 1, x_zero_point 2, out_scale 4, out_zero_point 8 are indexed by the step.
 @triton.jit(do_not_specialize=["M", "BLOCKS", "BLOCKS_PER_SPLIT"], do_not_specialize_on_alignment=SCALARS)
 def linear_kernel(
@@ -179,20 +192,16 @@ def linear_kernel(
         at = (tl.program_id(1).to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
         tl.store(work_ptr + at, acc, mask=m_ok[:, None] & n_ok[None, :])
     elif GATED:
-        # Quarters of a wide tile, a half of the values and its gates at a time: registers again.
-        PARTS: tl.constexpr = 2 if BM * BN >= 8192 else 1
+        # Part by part of a wide tile: registers again.
+        PARTS: tl.constexpr = 1 if BM * BN < 8192 else 2 if BM * BN < 16384 else 4
         WIDTH: tl.constexpr = BN // 2 // PARTS
         value, gate = halves(acc, BM, BN)
         for part in tl.static_range(PARTS):
-            v, g = value, gate
-            if PARTS == 2:
-                v0, v1 = halves(value, BM, BN // 2)
-                g0, g1 = halves(gate, BM, BN // 2)
-                v, g = (v0, g0) if part == 0 else (v1, g1)
             finish_gated(
-                v, g, offs_m, tile_n * (BN // 2) + part * WIDTH + tl.arange(0, WIDTH), sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr,
-                x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW,
-                TABLES, HAS_BIAS, HAS_RESIDUAL,
+                part_of(value, BM, BN // 2, PARTS, part), part_of(gate, BM, BN // 2, PARTS, part), offs_m,
+                tile_n * (BN // 2) + part * WIDTH + tl.arange(0, WIDTH), sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr,
+                step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES,
+                HAS_BIAS, HAS_RESIDUAL,
             )  # fmt: skip
     elif BM * BN >= 8192:
         # Two halves, one after the other: a whole tile's epilogue takes half as many registers again.
