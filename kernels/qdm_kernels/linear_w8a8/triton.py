@@ -38,19 +38,23 @@ from qdm_kernels.layout import pack_int4, padded_length
 
 # A row of a table stands at any address: it is read one element at a time, so that no variant need know more.
 SCALARS = ["x_scale_ptr", "x_zero_ptr", "step_ptr", "out_scale_ptr", "out_zero_ptr"]
+_WHOLE_ROW = 16_384  # codes that a program which sums rows reads at once: 128 bytes of a thread
 _MOST_INPUTS = 131_071  # 128 * 128 * K must stay below 2^31: integer tensor cores saturate there
 
 
-@triton.jit
-def row_sums_kernel(x_ptr, out_ptr, ROWS, K, R: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    """Sums of R rows of codes: x int8 [ROWS, K] -> int32 [ROWS]."""
+@triton.jit(do_not_specialize=["ROWS"])
+def row_sums_kernel(
+    x_ptr, out_ptr, ROWS, K, R: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    """Sums of R rows of codes: x int8 [ROWS, K] -> int32 [ROWS]. ONCE: BLOCK covers a row, and all of it is under way at once."""
     if OVERLAP:
         follow()
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    row_ok, total = rows < ROWS, tl.zeros((R, BLOCK), dtype=tl.int32)
-    for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        total += tl.load(x_ptr + rows.to(tl.int64)[:, None] * K + k[None, :], mask=row_ok[:, None] & (k < K)[None, :], other=0).to(tl.int32)
+    rows, k = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, BLOCK)
+    row_ok, x_tile = rows < ROWS, x_ptr + rows.to(tl.int64)[:, None] * K + k[None, :]
+    total = tl.load(x_tile, mask=row_ok[:, None] & (k < K)[None, :], other=0).to(tl.int32)
+    if not ONCE:
+        for start in range(BLOCK, K, BLOCK):
+            total += tl.load(x_tile + start, mask=row_ok[:, None] & (start + k < K)[None, :], other=0).to(tl.int32)
     tl.store(out_ptr + rows, tl.sum(total, axis=1), mask=row_ok)
 
 
@@ -386,11 +390,12 @@ def sums_of(x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Tensor | None
     k, sums = x.shape[-1], torch.empty(x.shape[:-1], dtype=torch.int32, device=x.device)
     call = state.sums_ready.get(sums.numel())
     if call is None:
-        block, overlap, rows = min(1024, max(16, 1 << (k - 1).bit_length())), overlaps(x.device), sums.numel()
-        at_once = 4096 // block
-        constants = (at_once, block, overlap)
+        whole, overlap, rows = max(16, 1 << (k - 1).bit_length()), overlaps(x.device), sums.numel()
+        block = whole if whole <= _WHOLE_ROW else 4096
+        at_once = min(16, _WHOLE_ROW // block) if whole <= _WHOLE_ROW else 1
+        constants = (at_once, block, whole <= _WHOLE_ROW, overlap)
         call = Call(
-            row_sums_kernel, (cdiv(rows, at_once), 1, 1), ("row sums", x.device.index, variant(x, sums, rows, k), constants),
+            row_sums_kernel, (cdiv(rows, at_once), 1, 1), ("row sums", x.device.index, variant(x, sums, k), constants),
             (rows, k, *constants), {"num_warps": 4, "launch_pdl": overlap},
         )  # fmt: skip
         state.sums_ready.keep(sums.numel(), call)
