@@ -46,7 +46,7 @@ class GpuBench:
     Attributes:
         batch: None = 2, one image under guidance, or 1 where guidance is an input (FLUX).
         steps: rows of the activation tables, all of which the timed calls go through.
-        compiled: torch.compile of nothing, of the repeated blocks and a U-Net's ResNet blocks, or of the whole denoiser.
+        compiled: torch.compile of nothing, of the repeated blocks, or of the whole denoiser.
         compile_mode: mode of torch.compile; None = default.
         seconds: least time of each measurement.
         symmetric: weights without zero points; recipes give them some by default.
@@ -244,14 +244,11 @@ def _graphs(model: nn.Module, call: dict[str, Any]) -> Iterator[Callable[[], Cal
 
 
 def _compile(model: nn.Module, bench: GpuBench) -> Callable[..., Any]:
-    """A compiled view of the model: whole, or its blocks in place, which takes a fraction of the time and leaves little between them."""
+    """A compiled view of the model: whole, or its repeated blocks in place."""
     options: dict[str, Any] = {} if bench.compile_mode is None else {"mode": bench.compile_mode}
     if bench.compiled == "full":
         return cast(Callable[..., Any], torch.compile(model, fullgraph=True, dynamic=False, **options))
     cast(Any, model).compile_repeated_blocks(fullgraph=True, dynamic=False, **options)
-    for module in model.modules():
-        if type(module).__name__ == "ResnetBlock2D":
-            module.compile(fullgraph=True, dynamic=False, **options)
     return model
 
 

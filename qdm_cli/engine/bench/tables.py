@@ -118,11 +118,11 @@ def tuned_table(path: Path) -> str:
     content = json.loads(path.read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     rows = [
-        [e["op"], f"{e['m']} x {e['n']} x {e['k']}", f"{e['bf16_us']:.1f}", f"{e['us']:.1f}", f"{e['ratio']:.2f}x", _tile(e)]
+        [e["op"], f"{e.get('rows', e['m'])} x {e['n']} x {e['k']}", f"{e['bf16_us']:.1f}", f"{e['us']:.1f}", f"{e['ratio']:.2f}x", _tile(e)]
         for e in content["entries"]
     ]
-    head = ("kernel", "M (its power of two) x N x K", "bf16 us", "qdm us", "ratio", "tile, warps, stages, splits of K")
-    text = f"**{content['device']}**, kernels alone, `{path.name}` of `qdm bench --tune`, each bit for bit the reference; {versions}"
+    head = ("kernel", "M (or the power of two above) x N x K", "bf16 us", "qdm us", "ratio", "tile, warps, stages, splits of K")
+    text = f"**{content['device']}**, kernels alone, `{path.name}` of `qdm bench --tune`, each right by its gate first; {versions}"
     return f"{text}\n\n{_markdown(head, rows)}"
 
 
@@ -150,7 +150,7 @@ def update(kernels: Path, *, check: bool = False) -> list[Path]:
     """Write the README and the plot of a kernels folder; returns those that were out of step. check: write nothing."""
     reports = read_reports(kernels / "bench/results")
     readme, picture = kernels / "README.md", kernels / "bench/results/ratios.svg"
-    tuned = tuple(sorted((kernels / "qdm_kernels/tuned").glob("*.json")))
+    tuned = (*sorted((kernels / "qdm_kernels/tuned").glob("*.json")), *sorted((kernels / "bench/results").rglob("tuned.json")))
     wanted = {readme: filled(readme.read_text(encoding="utf-8"), reports, tuned), picture: plot(reports)}
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in [] if check else stale:
