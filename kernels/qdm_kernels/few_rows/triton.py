@@ -144,7 +144,7 @@ def few_rows_kernel(
     GROUPED: gl.constexpr, BITS: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
     ACTIVATION: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """16 WARPS outputs of 8 rows: x [M, K], w int16 [ceil(N / 16), CHUNKS, UNROLL, 256], scale and zero [N, G] -> out [M, N].
+    """16 WARPS outputs of 8 rows: x int32 [M, K] pairs, w int32 [ceil(N / 16), CHUNKS, UNROLL, 128], scale, zero [N, G] -> out [M, N].
 
     GROUPED: a chunk is a group with a scale of its own; else G = 1.
     """
