@@ -34,7 +34,13 @@ hypothesis.settings.register_profile("qdm", deadline=None, derandomize="CI" in o
 hypothesis.settings.load_profile("qdm")
 
 
-LONGEST = ("test_resume.py", "test_pipes.py")  # files that take minutes: begun last, they would leave all but one worker idle
+LONGEST = (
+    "test_resume.py",
+    "test_pipes.py",
+    "test_interpreted.py",
+    "test_main.py",
+    "test_packaging.py",
+)  # files that take minutes: begun last, they would leave all but one worker idle
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

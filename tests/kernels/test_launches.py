@@ -34,7 +34,7 @@ def linear_launches(rows: list[int], n: int, k: int, *, bits: int = 8, zero: int
     state = linear.prepare(codes, torch.full((n,), zero, dtype=torch.int32), bits)
     options = Epilogue(step=STEP, **({"out_dtype": torch.bfloat16} | end))
     gpu = mock.patch.object(tiles, "processors", lambda device: (capability, 108))
-    with gpu, GENERAL, recorded(capability, linear.linear_kernel, linear.finish_kernel) as launches:
+    with gpu, GENERAL, recorded(capability, linear.linear_kernel, linear.finish_kernel, linear.row_sums_kernel) as launches:
         for m in rows:
             linear.linear(torch.zeros((m, k), dtype=torch.int8), table, ZERO, torch.ones(n), torch.ones(n), state, options)
     return launches
@@ -67,9 +67,9 @@ def test_a_small_grid_is_split_along_k_and_finished_by_a_second_kernel() -> None
     second.code.check(dot=None, copies=False, registers=128)
 
 
-def test_a_zero_point_that_int8_cannot_fold_takes_the_row_of_ones() -> None:
+def test_a_zero_point_that_int8_cannot_fold_takes_the_sums_of_the_rows() -> None:
     found = linear_launches([64], 320, 320, zero=-9)
-    assert [launch.kernel for launch in found] == ["linear_kernel", "finish_kernel"]
+    assert [launch.kernel for launch in found] == ["row_sums_kernel", "linear_kernel"]
     assert [launch.kernel for launch in linear_launches([64], 320, 320, zero=9)] == ["linear_kernel"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -36,6 +37,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero points": {"centre_ptr": "*i32", "x_sums_ptr": "*i32"},
 }
 FEW = {(128, 128, 64), (64, 64, 64)}  # (bm, bn, bk) of the tiles on which the other variants are compiled
+WHOLE = os.environ.get("KERNEL_MATRIX") == "full"
+MATRIX = [(t, c) for t in TILES for c in CAPABILITIES if c >= t.since]
+CHANGED = [
+    (t, name, bits, cap) for t in TILES if (t.bm, t.bn, t.bk) in FEW for name in VARIANTS if name != "full" for bits in (8, 4)
+    for cap in CAPABILITIES
+]  # fmt: skip
 
 
 def compiled(tile: Tile, bits: int, capability: int, change: dict[str, Any]) -> Compiled:
@@ -47,16 +54,13 @@ def compiled(tile: Tile, bits: int, capability: int, change: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("tile", "capability"), [(t, c) for t in TILES for c in CAPABILITIES if c >= t.since], ids=str)
+@pytest.mark.parametrize(("tile", "capability"), MATRIX if WHOLE else MATRIX[::2], ids=str)
 def test_tiles(tile: Tile, capability: int, bits: int) -> None:
     compiled(tile, bits, capability, {}).check(registers=128 if tile.warps == 8 else 255)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "full"])
-@pytest.mark.parametrize("tile", [t for t in TILES if (t.bm, t.bn, t.bk) in FEW], ids=str)
+@pytest.mark.parametrize(("tile", "name", "bits", "capability"), CHANGED if WHOLE else CHANGED[::4] + CHANGED[-1:], ids=str)
 def test_variants(tile: Tile, name: str, bits: int, capability: int) -> None:
     capped = register_cap(tile, taps=1 if name == "1x1" else 9, wide=name == "past 2^31") is not None
     compiled(tile, bits, capability, VARIANTS[name]).check(registers=128 if capped else 255)

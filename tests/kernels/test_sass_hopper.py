@@ -40,7 +40,7 @@ def test_linear(tile: Tile, bits: int) -> None:
         assert launch.code.count(r"\bPRMT\b") <= 40
 
 
-@pytest.mark.parametrize(("tile", "bits"), CASES if FULL else CASES[::5] + CASES[-1:], ids=str)
+@pytest.mark.parametrize(("tile", "bits"), CASES if FULL else (CASES[0], CASES[11], CASES[-1]), ids=str)
 def test_gated_linear(tile: Tile, bits: int) -> None:
     """Values and gates are two boxes of one tile; nothing spills, with zero points of weights neither, and codes leave in words."""
     codes, zero = torch.zeros((640, 384), dtype=torch.int8), torch.full((640,), (1 << bits - 1) - 1, dtype=torch.int32)

@@ -174,7 +174,7 @@ def conv2d_kernel(
         at = (tl.program_id(1).to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
         tl.store(work_ptr + at, acc, mask=m_ok[:, None] & n_ok[None, :])
     else:
-        # Two halves, one after the other: 128 registers where a whole tile's epilogue takes 176; with zero points of weights quarters.
+        # Two halves, one after the other: 128 registers where a whole tile's epilogue takes 176; with zero points of weights eighths.
         left, right = halves(acc, BM, BN)
         offs_half = tile_n * BN + tl.arange(0, BN // 2)
         if centre_ptr is None or BN < 128:
@@ -189,10 +189,10 @@ def conv2d_kernel(
                 DW, WIDE, PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
             )  # fmt: skip
         else:
-            for part in tl.static_range(4):
-                quarter = part_of(left if part < 2 else right, BM, BN // 2, 2, part % 2)
+            for part in tl.static_range(8):
+                eighth = part_of(left if part < 4 else right, BM, BN // 2, 4, part % 4)
                 finish_pixels(
-                    quarter, offs_m, tile_n * BN + part * (BN // 4) + tl.arange(0, BN // 4), sums_ptr, centre_ptr, x_sums_ptr,
+                    eighth, offs_m, tile_n * BN + part * (BN // 8) + tl.arange(0, BN // 8), sums_ptr, centre_ptr, x_sums_ptr,
                     x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, H,
                     W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW, WIDE, PER_IMAGE, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
                 )  # fmt: skip

@@ -207,6 +207,13 @@ def linear_kernel(
                 step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE, PER_ROW, TABLES,
                 HAS_BIAS, HAS_RESIDUAL,
             )  # fmt: skip
+    elif BM * BN >= 8192 and centre_ptr is not None:
+        for part in tl.static_range(4):
+            finish_tile(
+                part_of(acc, BM, BN, 4, part), offs_m, tile_n * BN + part * (BN // 4) + tl.arange(0, BN // 4), sums_ptr, centre_ptr,
+                x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, out_zero_ptr, out_ptr,
+                M, N, WIDE, PER_ROW, TABLES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            )  # fmt: skip
     elif BM * BN >= 8192:
         # Two halves, one after the other: a whole tile's epilogue takes half as many registers again.
         left, right = halves(acc, BM, BN)
