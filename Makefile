@@ -32,7 +32,7 @@ quickstart: install ## compress a real small model to 4 bits, load it again, jud
 	$(BIN)/qdm run quickstart --out runs/quickstart
 
 test: install ## the test suite on the CPU, WORKERS files at a time; PYTEST_ARGS="-k name" narrows it
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: install ## ruff, mypy and the layer rules; changes nothing
 	$(BIN)/ruff check $(CODE)
