@@ -138,9 +138,11 @@ def join(layers: Sequence[PackedLayer]) -> Any:
     joint = prepare_integers(layers[0], torch.cat(codes), torch.cat(scales), torch.cat(zeros), bias)
     if joint.backend != "triton":
         return None
-    for layer, rows in zip(layers, joint.state.weight.split([layer.spec.outputs for layer in layers]), strict=True):
-        own = layer.form.prepared
-        layer._form = replace(layer.form, prepared=replace(own, state=replace(own.state, weight=rows)))
+    rows_of = joint.state.weight.split([layer.spec.outputs for layer in layers])
+    for layer, rows, zero in zip(layers, rows_of, zeros, strict=True):
+        own = layer.form.prepared  # alone it may have folded its zero points into a weight that these rows, plain codes, are not
+        centre = None if joint.state.centre is None else zero.to(torch.int32)
+        layer._form = replace(layer.form, prepared=replace(own, state=replace(own.state, weight=rows, centre=centre)))
         _share_storage_(layer, layer._form.prepared)
     return joint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -123,6 +124,29 @@ def test_queries_keys_and_values_are_one_product_over_one_copy_of_the_weights(po
     storages = {packed.weight.untyped_storage().data_ptr() for packed, _, _ in pairs}
     assert len(storages) == 1
     assert torch.equal(pairs[1][0](x), pairs[1][1](x))
+
+
+def test_layers_of_one_product_are_right_alone_where_only_some_fold_their_zero_points(make_layer_state) -> None:
+    """Codes of the second fit into 4 bits without their zero points, those of the others do not: joined, its rows are plain codes too."""
+    packed, simulations, x = [], [], LAYERS["linear"]()[1]
+    for i in range(3):
+        torch.manual_seed(7)
+        original, step = LAYERS["linear"]()[0], StepContext(KEYS, "nearest")
+        state = make_layer_state(original, 3)
+        codes, zero = (state.codes.clamp(-3, 3), 2) if i == 1 else (state.codes.clone(), 3)
+        codes[0, :2] = torch.tensor([-3, 3] if i == 1 else [-8, 7], dtype=codes.dtype)
+        state = replace(state, codes=codes, weight_zero_point=torch.full_like(state.weight_zero_point, zero))
+        packed.append(packed_from_state(state, original, 3))
+        packed[-1].step = step
+        packed[-1].settle_()
+        simulations.append(simulated(original, state, step))
+    assert [layer.form.prepared.state.centre is None for layer in packed] == [False, True, False]
+    attention = SelfAttention(packed)
+    share_inputs_(attention)
+    assert torch.equal(attention(x), torch.cat([simulation(x) for simulation in simulations], -1))
+    for layer, simulation in zip(packed, simulations, strict=True):
+        layer.reuse = None
+        assert torch.equal(layer(x), simulation(x))
 
 
 def test_an_input_elsewhere_is_refused(make_layer_state) -> None:
