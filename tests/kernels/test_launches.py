@@ -17,6 +17,7 @@ from launches import Launch, recorded
 
 from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.gemm import tiles
+from qdm_kernels.gemm.triton import row_sums_kernel
 from qdm_kernels.layer_norm_quantize import triton as layer_norm
 from qdm_kernels.linear_w4a16 import triton as weight_only
 from qdm_kernels.linear_w8a8 import triton as linear
@@ -34,7 +35,7 @@ def linear_launches(rows: list[int], n: int, k: int, *, bits: int = 8, zero: int
     state = linear.prepare(codes, torch.full((n,), zero, dtype=torch.int32), bits)
     options = Epilogue(step=STEP, **({"out_dtype": torch.bfloat16} | end))
     gpu = mock.patch.object(tiles, "processors", lambda device: (capability, 108))
-    with gpu, GENERAL, recorded(capability, linear.linear_kernel, linear.finish_kernel, linear.row_sums_kernel) as launches:
+    with gpu, GENERAL, recorded(capability, linear.linear_kernel, linear.finish_kernel, row_sums_kernel) as launches:
         for m in rows:
             linear.linear(torch.zeros((m, k), dtype=torch.int8), table, ZERO, torch.ones(n), torch.ones(n), state, options)
     return launches

@@ -16,6 +16,7 @@ from launches import recorded
 from qdm_kernels.conv2d_w8a8 import triton as conv
 from qdm_kernels.epilogue.reference import Epilogue
 from qdm_kernels.gemm.tiles import TMA_TILES, Plan, Tile, bucket, runs, why_not_tma
+from qdm_kernels.gemm.triton import row_sums_kernel
 from qdm_kernels.geometry import Conv2dGeometry
 from qdm_kernels.hopper import triton as hopper
 from qdm_kernels.linear_w8a8 import triton as linear
@@ -46,7 +47,7 @@ def test_gated_linear(tile: Tile, bits: int) -> None:
     codes, zero = torch.zeros((640, 384), dtype=torch.int8), torch.full((640,), (1 << bits - 1) - 1, dtype=torch.int32)
     codes[0] = -(1 << bits - 1)
     state, end = linear.prepare(codes, zero, bits), Epilogue("geglu", None, torch.int8, ONE, ZERO, ZERO)
-    with recorded(90, hopper.linear_kernel, linear.row_sums_kernel) as launches:
+    with recorded(90, hopper.linear_kernel, row_sums_kernel) as launches:
         x = torch.zeros((300, 384), dtype=torch.int8)
         linear.launch(x, ZERO, state, torch.int8, x_scale=ONE, w_scale=torch.ones(640), end=end, plan=Plan(tile))
     sums, product = launches
@@ -65,7 +66,7 @@ def test_convolution(bits: int, zero: bool) -> None:
     state = conv.prepare(codes, points, Conv2dGeometry(padding=(1, 1)), bits)
     tile = next(t for t in TMA_TILES if t.bk == 64)
     before = ["row_sums_kernel", "window_sums_kernel"] if zero else []
-    with recorded(90, hopper.conv2d_kernel, conv.finish_kernel, conv.window_sums_kernel, linear.row_sums_kernel) as launches:
+    with recorded(90, hopper.conv2d_kernel, conv.finish_kernel, conv.window_sums_kernel, row_sums_kernel) as launches:
         x = torch.zeros((2, 192, 16, 16), dtype=torch.int8)
         conv.launch(x, ZERO, state, torch.bfloat16, x_scale=ONE, w_scale=torch.ones(192, 1, 1), end=END, plan=Plan(tile))
     assert [launch.kernel for launch in launches] == [*before, "conv2d_kernel"]

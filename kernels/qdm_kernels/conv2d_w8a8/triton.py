@@ -25,19 +25,21 @@ from qdm_kernels.gemm.triton import (
     COMPILED,
     Call,
     Product,
-    Ready,
+    Weights,
     follow,
     multiply,
     overlaps,
     plane_offsets,
+    sums_of,
     tile_of,
     unpack_high,
     unpack_low,
     variant,
+    without_centre,
 )  # fmt: skip
 from qdm_kernels.geometry import Conv2dGeometry, Pair
 from qdm_kernels.layout import pack_int4, padded_length
-from qdm_kernels.linear_w8a8.triton import SCALARS, finishing, halves, options_of, part_of, sums_of
+from qdm_kernels.linear_w8a8.triton import SCALARS, finishing, halves, options_of, part_of
 
 
 @triton.jit
@@ -98,9 +100,7 @@ def finish_pixels(
     if x_zero != 0:
         row = _border_row(offs_m, H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW)
         acc -= x_zero * tl.load(sums_ptr + row[:, None] * N + offs_n[None, :], mask=mask, other=0)
-    if centre_ptr is not None:
-        x_sums = tl.load(x_sums_ptr + offs_m, mask=m_ok, other=0)
-        acc -= x_sums[:, None] * tl.load(centre_ptr + offs_n, mask=n_ok, other=0)[None, :]
+    acc = without_centre(acc, offs_m, offs_n, m_ok, n_ok, centre_ptr, x_sums_ptr)
     if out_ptr.dtype.element_ty == tl.int32:
         tl.store(out_ptr + at, acc, mask=mask)
     else:
@@ -227,7 +227,7 @@ def finish_kernel(
 
 
 @dataclass(frozen=True)
-class State:
+class State(Weights):
     """Weights as the kernel reads them.
 
     weight: [N, kh, kw, ceil64(I)] int8, or half as many bytes uint8 of two K-planes. sums: int32 [row intervals * column intervals, N],
@@ -246,21 +246,6 @@ class State:
     def kernel(self) -> Pair:
         """Its sides."""
         return self.weight.shape[1], self.weight.shape[2]
-
-    @cached_property
-    def outputs(self) -> int:
-        """N."""
-        return self.weight.shape[0]
-
-    @cached_property
-    def ready(self) -> Ready[Product]:
-        """Launches for the sizes that were met."""
-        return Ready()
-
-    @cached_property
-    def sums_ready(self) -> Ready[Call]:
-        """The same of sums of inputs, over pixels and over windows."""
-        return Ready()
 
 
 def why_not(channels: int, geometry: Conv2dGeometry) -> str | None:
@@ -351,7 +336,7 @@ def _ready(
 ) -> Product:
     """What `launch` launches for x [B, H, W, C]; size: OH, OW."""
     device, g, (b, h, w, _), (n, kh, kw, row) = x.device, state.geometry, x.shape, state.weight.shape
-    m, bits = b * size[0] * size[1], 4 if state.weight.dtype == torch.uint8 else 8
+    m, bits = b * size[0] * size[1], state.bits
     plan = plan or choose_conv_plan(f"conv2d_w{bits}a8", m, n, kh * kw, row * 8 // bits, device, dense=g.stride == (1, 1))
     wide = max(x.numel(), m * n, state.weight.numel()) >= 1 << 31
     flags, split, finish = (wide, *options_of(pointers, activation)), plan.splits > 1, None

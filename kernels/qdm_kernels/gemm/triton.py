@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from qdm_kernels.direct.triton import Boxes, Grid, Heads, Variant
 from qdm_kernels.gemm import tiles
 
+_WHOLE_ROW = 16_384  # codes that a program which sums rows reads at once: 128 bytes of a thread
 T = TypeVar("T")
 _variants: dict[Hashable, Variant] = {}
 
@@ -77,6 +78,34 @@ class Ready(dict[Hashable, T]):
             self.clear()
         self[key] = made
         return made
+
+
+class Weights:
+    """What the states of packed weights have in common. weight: codes, a row or filter per output; sums, centre: as there."""
+
+    weight: Tensor
+    sums: Tensor
+    centre: Tensor | None
+
+    @cached_property
+    def bits(self) -> int:
+        """Of a code."""
+        return 4 if self.weight.dtype == torch.uint8 else 8
+
+    @cached_property
+    def outputs(self) -> int:
+        """N."""
+        return self.weight.shape[0]
+
+    @cached_property
+    def ready(self) -> Ready[Product]:
+        """Launches for the sizes that were met."""
+        return Ready()
+
+    @cached_property
+    def sums_ready(self) -> Ready[Call]:
+        """The same of sums of inputs."""
+        return Ready()
 
 
 def variant(*arguments: Any) -> tuple[Hashable, ...]:
@@ -142,6 +171,15 @@ def tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
     return first + inside % rows, inside // rows
 
 
+@triton.jit
+def without_centre(acc, offs_m, offs_n, m_ok, n_ok, centre_ptr, x_sums_ptr):
+    """Sums less z_w times what each of their rows read of x, where weights kept their zero points."""
+    if centre_ptr is not None:
+        x_sums = tl.load(x_sums_ptr + offs_m, mask=m_ok, other=0)
+        acc -= x_sums[:, None] * tl.load(centre_ptr + offs_n, mask=n_ok, other=0)[None, :]
+    return acc
+
+
 COMPILED = isinstance(tile_of, triton.JITFunction)  # False under the interpreter, which has no inline assembly
 
 
@@ -178,3 +216,39 @@ def unpack_high(packed, ASM: tl.constexpr):
     if ASM:
         return tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4)
     return (packed & 0xF0).to(tl.int8, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def row_sums_kernel(
+    x_ptr, out_ptr, ROWS, K, R: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    """Sums of R rows of codes: x int8 [ROWS, K] -> int32 [ROWS]. ONCE: BLOCK covers a row, and all of it is under way at once."""
+    if OVERLAP:
+        follow()
+    rows, k = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, BLOCK)
+    row_ok, x_tile = rows < ROWS, x_ptr + rows.to(tl.int64)[:, None] * K + k[None, :]
+    total = tl.load(x_tile, mask=row_ok[:, None] & (k < K)[None, :], other=0).to(tl.int32)
+    if not ONCE:
+        for start in range(BLOCK, K, BLOCK):
+            total += tl.load(x_tile + start, mask=row_ok[:, None] & (start + k < K)[None, :], other=0).to(tl.int32)
+    tl.store(out_ptr + rows, tl.sum(total, axis=1), mask=row_ok)
+
+
+def sums_of(x: Tensor, state: Weights) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sums of the weights, their zero points, and the sums of the last axis of x, which those are multiplied with: None = none are left."""
+    if state.centre is None:
+        return state.sums, None, None
+    k, sums = x.shape[-1], torch.empty(x.shape[:-1], dtype=torch.int32, device=x.device)
+    call = state.sums_ready.get(sums.numel())
+    if call is None:
+        whole, overlap, rows = max(16, 1 << (k - 1).bit_length()), overlaps(x.device), sums.numel()
+        block = whole if whole <= _WHOLE_ROW else 4096
+        at_once = min(16, _WHOLE_ROW // block) if whole <= _WHOLE_ROW else 1
+        constants = (at_once, block, whole <= _WHOLE_ROW, overlap)
+        call = Call(
+            row_sums_kernel, (tiles.cdiv(rows, at_once), 1, 1), ("row sums", x.device.index, variant(x, sums, k), constants),
+            (rows, k, *constants), {"num_warps": 4, "launch_pdl": overlap},
+        )  # fmt: skip
+        state.sums_ready.keep(sums.numel(), call)
+    call(x, sums)
+    return state.sums, state.centre, sums

@@ -22,50 +22,31 @@ from qdm_kernels.gemm.triton import (
     COMPILED,
     Call,
     Product,
-    Ready,
+    Weights,
     follow,
     kinds,
     multiply,
     overlaps,
     plane_offsets,
     scalar_on,
+    sums_of,
     tile_of,
     unpack_high,
     unpack_low,
-    variant,
+    without_centre,
 )  # fmt: skip
 from qdm_kernels.layout import pack_int4, padded_length
 
 # A row of a table stands at any address: it is read one element at a time, so that no variant need know more.
 SCALARS = ["x_scale_ptr", "x_zero_ptr", "step_ptr", "out_scale_ptr", "out_zero_ptr"]
-_WHOLE_ROW = 16_384  # codes that a program which sums rows reads at once: 128 bytes of a thread
 _MOST_INPUTS = 131_071  # 128 * 128 * K must stay below 2^31: integer tensor cores saturate there
-
-
-@triton.jit(do_not_specialize=["ROWS"])
-def row_sums_kernel(
-    x_ptr, out_ptr, ROWS, K, R: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr, OVERLAP: tl.constexpr
-):  # fmt: skip
-    """Sums of R rows of codes: x int8 [ROWS, K] -> int32 [ROWS]. ONCE: BLOCK covers a row, and all of it is under way at once."""
-    if OVERLAP:
-        follow()
-    rows, k = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, BLOCK)
-    row_ok, x_tile = rows < ROWS, x_ptr + rows.to(tl.int64)[:, None] * K + k[None, :]
-    total = tl.load(x_tile, mask=row_ok[:, None] & (k < K)[None, :], other=0).to(tl.int32)
-    if not ONCE:
-        for start in range(BLOCK, K, BLOCK):
-            total += tl.load(x_tile + start, mask=row_ok[:, None] & (start + k < K)[None, :], other=0).to(tl.int32)
-    tl.store(out_ptr + rows, tl.sum(total, axis=1), mask=row_ok)
 
 
 @triton.jit
 def centred(acc, offs_m, offs_n, m_ok, n_ok, sums_ptr, centre_ptr, x_sums_ptr, x_zero):
     """sum (x - z_x)(w - z_w) of raw sums of x w: z_x by the sums of w - z_w, z_w by those of the rows of x."""
     acc -= x_zero * tl.load(sums_ptr + offs_n, mask=n_ok, other=0)[None, :]
-    if centre_ptr is not None:
-        x_sums = tl.load(x_sums_ptr + offs_m, mask=m_ok, other=0)
-        acc -= x_sums[:, None] * tl.load(centre_ptr + offs_n, mask=n_ok, other=0)[None, :]
-    return acc
+    return without_centre(acc, offs_m, offs_n, m_ok, n_ok, centre_ptr, x_sums_ptr)
 
 
 @triton.jit
@@ -87,8 +68,7 @@ def scaled_tile(
 @triton.jit
 def finish_tile(
     acc, offs_m, offs_n, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
-    out_scale_ptr, out_zero_ptr,
-    out_ptr, M, N, WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Raw int32 sums [BM, BN] -> corrected for x's zero point, scaled, finished and stored. An int32 output takes the corrected sums."""
@@ -109,8 +89,7 @@ def finish_tile(
 @triton.jit
 def finish_gated(
     value, gate, offs_m, offs_n, sums_ptr, centre_ptr, x_sums_ptr, x_scale_ptr, x_zero_ptr, step_ptr, w_scale_ptr, bias_ptr, residual_ptr,
-    out_scale_ptr,
-    out_zero_ptr, out_ptr, M, N, WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    out_scale_ptr, out_zero_ptr, out_ptr, M, N, WIDE: tl.constexpr, PER_ROW: tl.constexpr, TABLES: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """As `finish_tile`, for raw sums of columns offs_n and offs_n + N / 2: value * gelu(gate), [M, N / 2]."""
@@ -267,7 +246,7 @@ def finish_kernel(
 
 
 @dataclass(frozen=True)
-class State:
+class State(Weights):
     """Weights as the kernel reads them.
 
     weight: [N, ceil64(K)] int8, or half as many bytes uint8 in two K-planes; sums: int32 [N], of the weights minus their zero points.
@@ -282,29 +261,9 @@ class State:
     reason: str | None = None
 
     @cached_property
-    def bits(self) -> int:
-        """Of a code."""
-        return 4 if self.weight.dtype == torch.uint8 else 8
-
-    @cached_property
     def padded(self) -> int:
         """Inputs of a row as it is stored."""
         return self.weight.shape[1] * 8 // self.bits
-
-    @cached_property
-    def outputs(self) -> int:
-        """N."""
-        return self.weight.shape[0]
-
-    @cached_property
-    def ready(self) -> Ready[Product]:
-        """Launches for the sizes that were met."""
-        return Ready()
-
-    @cached_property
-    def sums_ready(self) -> Ready[Call]:
-        """The same of sums of inputs."""
-        return Ready()
 
 
 def why_not(inputs: int) -> str | None:
@@ -370,8 +329,8 @@ def _ready(
         constants = (*flags, 32, 64, overlaps(device))
         finish = Call(
             finish_kernel, (cdiv(m, 32), cdiv(columns, 64), 1),
-            ("linear finish", device.index, constants, kind, n % 16 == 0, n == 1), (m, n, plan.splits, *constants), {"num_warps": 4,
-            "launch_pdl": overlaps(device)},
+            ("linear finish", device.index, constants, kind, n % 16 == 0, n == 1), (m, n, plan.splits, *constants),
+            {"num_warps": 4, "launch_pdl": overlaps(device)},
         )  # fmt: skip
     return Product(make(x, weight, split, flags, kind, plan), finish, (plan.splits, m, n))
 
@@ -388,26 +347,6 @@ def _multiply(x: Tensor, weight: Tensor, split: bool, flags: tuple[Any, ...], ki
         ("linear", x.device.index, constants, kind, tile, f % 16 == 0, f == 1, k % 16 == 0),
         (m, f, k, blocks, -(-blocks // splits), *constants), options,
     )  # fmt: skip
-
-
-def sums_of(x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sums of the weights, their zero points, and the sums of the last axis of x, which those are multiplied with: None = none are left."""
-    if state.centre is None:
-        return state.sums, None, None
-    k, sums = x.shape[-1], torch.empty(x.shape[:-1], dtype=torch.int32, device=x.device)
-    call = state.sums_ready.get(sums.numel())
-    if call is None:
-        whole, overlap, rows = max(16, 1 << (k - 1).bit_length()), overlaps(x.device), sums.numel()
-        block = whole if whole <= _WHOLE_ROW else 4096
-        at_once = min(16, _WHOLE_ROW // block) if whole <= _WHOLE_ROW else 1
-        constants = (at_once, block, whole <= _WHOLE_ROW, overlap)
-        call = Call(
-            row_sums_kernel, (cdiv(rows, at_once), 1, 1), ("row sums", x.device.index, variant(x, sums, k), constants),
-            (rows, k, *constants), {"num_warps": 4, "launch_pdl": overlap},
-        )  # fmt: skip
-        state.sums_ready.keep(sums.numel(), call)
-    call(x, sums)
-    return state.sums, state.centre, sums
 
 
 def finishing(
