@@ -13,162 +13,11 @@
 
 #if (defined(__AVX512BF16__) || defined(QDM_FLOATS)) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 
+#include "attention_products.h"
+
 namespace {
 
-#ifdef QDM_FLOATS
-using Cell = float;  // what is multiplied
-#else
-using Cell = half;
-#endif
-constexpr int kFold = 4 / sizeof(Cell);  // cells of a pair
-constexpr int kPanel = 256 * kFold;      // cells of a panel
 constexpr int kDegree = kFold == 1 ? 5 : 3;  // of powers of two
-// Operands of a product: rows of cells; panels, that of column n and of pairs 16 s and further at n * column + s * step; float32 sums.
-struct Rows {
-  const Cell* at;
-  int64_t stride;
-};
-struct Panels {
-  const Cell* at;
-  int64_t column, step;
-};
-struct Sums {
-  float* at;
-  int64_t stride;
-};
-
-#ifdef QDM_TILES
-
-struct TileSetup {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles are set anew in every call: oneDNN sets its own.
-struct Tiles {
-  Tiles() {
-    TileSetup setup;
-    std::fill_n(setup.bytes, 8, 64);
-    std::fill_n(setup.rows, 8, 16);
-    _tile_loadconfig(&setup);
-  }
-  ~Tiles() { _tile_release(); }
-};
-
-// _tile_loadd tells the compiler nothing of the memory it reads
-inline void fence() { asm volatile("" ::: "memory"); }
-
-// c [32, 16 columns] (+)= a [32, 2 pairs] b
-template <bool kAdd>
-void multiply(const Rows& a, const Panels& b, const Sums& c, int columns, int pairs) {
-  fence();
-  const int steps = static_cast<int>(up(pairs, kLanes));
-  const int64_t lower = kLanes * a.stride, lda = a.stride * 2, ldc = c.stride * 4;
-  int n = 0;
-  for (; n + 2 <= columns; n += 2) {
-    float* top = c.at + n * kLanes;
-    float* low = top + kLanes * c.stride;
-    if (kAdd) {
-      _tile_loadd(0, top, ldc);
-      _tile_loadd(1, top + kLanes, ldc);
-      _tile_loadd(2, low, ldc);
-      _tile_loadd(3, low + kLanes, ldc);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int s = 0; s < steps; ++s) {
-      const half* panel = b.at + n * b.column + s * b.step;
-      _tile_loadd(4, a.at + s * 2 * kLanes, lda);
-      _tile_loadd(6, panel, 64);
-      _tile_loadd(7, panel + b.column, 64);
-      _tile_loadd(5, a.at + lower + s * 2 * kLanes, lda);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, top, ldc);
-    _tile_stored(1, top + kLanes, ldc);
-    _tile_stored(2, low, ldc);
-    _tile_stored(3, low + kLanes, ldc);
-  }
-  if (n < columns) {
-    float* top = c.at + n * kLanes;
-    float* low = top + kLanes * c.stride;
-    if (kAdd) {
-      _tile_loadd(0, top, ldc);
-      _tile_loadd(2, low, ldc);
-    } else {
-      _tile_zero(0);
-      _tile_zero(2);
-    }
-    for (int s = 0; s < steps; ++s) {
-      _tile_loadd(4, a.at + s * 2 * kLanes, lda);
-      _tile_loadd(6, b.at + n * b.column + s * b.step, 64);
-      _tile_loadd(5, a.at + lower + s * 2 * kLanes, lda);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    _tile_stored(0, top, ldc);
-    _tile_stored(2, low, ldc);
-  }
-  fence();
-}
-
-#else
-
-struct Tiles {
-  Tiles() {}  // not trivial: nobody reads the variable that holds the tiles
-};
-
-// sum + the product of a pair of cells with 16 pairs
-inline __m512 add(__m512 sum, int32_t pair, __m512i right) {
-#ifdef QDM_FLOATS
-  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32(pair)), _mm512_castsi512_ps(right), sum);
-#else
-  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)right);
-#endif
-}
-
-template <bool kAdd, int kColumns>
-void multiply_columns(const Rows& a, const Panels& b, const Sums& c, int first, int pairs) {
-  constexpr int kBlock = 8;
-  constexpr auto all = std::make_integer_sequence<int, kBlock * kColumns>();
-  constexpr auto columns = std::make_integer_sequence<int, kColumns>();
-  float* to = c.at + first * kLanes;
-  for (int r = 0; r < kRows; r += kBlock) {
-    __m512 sum[kBlock * kColumns];
-    const auto place = [&](int i) { return to + (r + i / kColumns) * c.stride + i % kColumns * kLanes; };
-    qdm::each(all, [&](auto i) QDM_INLINE { sum[i] = kAdd ? _mm512_load_ps(place(i)) : _mm512_setzero_ps(); });
-    const Cell* left = a.at + r * a.stride;
-    for (int p = 0; p < pairs; ++p, left += kFold) {
-      const Cell* panel = b.at + first * b.column + (p / kLanes) * b.step + (p % kLanes) * kFold * kLanes;
-      __m512i right[kColumns];
-      qdm::each(columns, [&](auto n) QDM_INLINE { right[n] = _mm512_load_si512(panel + n * b.column); });
-      qdm::each(all, [&](auto i) QDM_INLINE {
-        int32_t pair;
-        __builtin_memcpy(&pair, left + i / kColumns * a.stride, 4);
-        sum[i] = add(sum[i], pair, right[i % kColumns]);
-      });
-    }
-    qdm::each(all, [&](auto i) QDM_INLINE { _mm512_store_ps(place(i), sum[i]); });
-  }
-}
-
-// c [32, 16 columns] (+)= a [32, 2 pairs] b
-template <bool kAdd>
-void multiply(const Rows& a, const Panels& b, const Sums& c, int columns, int pairs) {
-  const int first = columns == 1 ? 1 : columns % 2 ? 3 : 0;
-  if (first == 1) multiply_columns<kAdd, 1>(a, b, c, 0, pairs);
-  if (first == 3) multiply_columns<kAdd, 3>(a, b, c, 0, pairs);
-  for (int n = first; n < columns; n += 2) multiply_columns<kAdd, 2>(a, b, c, n, pairs);
-}
-
-#endif
 
 // 16 columns of pairs: (even, odd) as bfloat16, or `even` alone as it is
 inline __m512i pairs(__m512 even, __m512 odd) {
@@ -240,7 +89,8 @@ void pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, co
       const int64_t key = first + kFold * p;
       const __m512 even = key < s.keys ? load(v.row(b, h, key) + c, s.width - c) : _mm512_setzero_ps();
       const __m512 odd = kFold == 2 && key + 1 < s.keys ? load(v.row(b, h, key + 1) + c, s.width - c) : _mm512_setzero_ps();
-      _mm512_store_si512(to, pairs(even, odd));
+      const __m512i both = pairs(even, odd);
+      _mm512_store_si512(to, c + kLanes / 2 < s.width ? both : _mm512_inserti64x4(both, _mm512_castsi512_si256(both), 1));
     }
 }
 
@@ -270,13 +120,14 @@ struct Scratch {
 // Queries as cells, rows behind the last one zero; returns the largest squared norm.
 template <typename T>
 float pack_queries(const View<const T>& q, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, Cell* to) {
+  const int64_t depth = sizes.key_steps * kFold * kLanes;
   float most = 0.0f;
-  for (int64_t i = first; i < first + kQueries; ++i) {
+  for (int64_t i = 0; i < kQueries; ++i) {
     __m512 norm = _mm512_setzero_ps();
-    for (int64_t c = 0; c < sizes.key_steps * kFold * kLanes; c += kLanes, to += kLanes) {
-      const __m512 x = i < s.queries && c < s.width ? load(q.row(b, h, i) + c, s.width - c) : _mm512_setzero_ps();
+    for (int64_t c = 0; c < depth; c += kLanes) {
+      const __m512 x = first + i < s.queries && c < s.width ? load(q.row(b, h, first + i) + c, s.width - c) : _mm512_setzero_ps();
       norm = _mm512_fmadd_ps(x, x, norm);
-      store(to, x, kLanes);
+      store_query(to, i, c, depth, x);
     }
     most = larger(_mm512_reduce_add_ps(norm), most);
   }
@@ -306,8 +157,8 @@ void weigh(float* scores, int keys, float factor, float* totals, float* shifts, 
     }
     for (int j = 0; j < padded; j += 2 * kLanes) {
       __m512 low = _mm512_load_ps(scores + j), high = _mm512_load_ps(scores + j + kLanes);
-      low = power<kDegree>(kBounded ? _mm512_mul_ps(low, by) : _mm512_fmsub_ps(low, by, shift));
-      high = power<kDegree>(kBounded ? _mm512_mul_ps(high, by) : _mm512_fmsub_ps(high, by, shift));
+      low = kBounded ? bounded_power<kDegree>(low, by) : power<kDegree>(_mm512_fmsub_ps(low, by, shift));
+      high = kBounded ? bounded_power<kDegree>(high, by) : power<kDegree>(_mm512_fmsub_ps(high, by, shift));
       if (j + 2 * kLanes > keys) {
         low = _mm512_maskz_mov_ps(lanes(keys - j), low);
         high = _mm512_maskz_mov_ps(lanes(keys - j - kLanes), high);
@@ -333,17 +184,17 @@ void attend(const View<const T>& q, const View<T>& out, int64_t b, int64_t h, in
   std::fill_n(own.totals.get(), kQueries * kLanes, 0.0f);
   std::fill_n(own.sums.get(), kQueries * width, 0.0f);
   std::fill_n(own.shifts.get(), kQueries, -FLT_MAX);
-  const Sums scores{own.scores.get(), kKeys};
-  const Rows weights{reinterpret_cast<Cell*>(own.scores.get()), kFold * kKeys};
+  float* const scores = own.scores.get();
+  const Cell* const weights = reinterpret_cast<Cell*>(scores);
   for (int64_t block = 0; block < sizes.blocks; ++block) {
     const int keys = static_cast<int>(std::min<int64_t>(kKeys, s.keys - block * kKeys)), steps = static_cast<int>(up(keys, kFold * kLanes));
     const Panels right{head.keys + block * (kKeys / kLanes) * sizes.key_steps * kPanel, sizes.key_steps * kPanel, kPanel};
     const Panels values{head.values + block * (kKeys / kLanes / kFold) * sizes.value_columns * kPanel, kPanel, sizes.value_columns * kPanel};
     for (int r = 0; r < rows; r += kRows) {
       const Sums sums{own.sums.get() + r * width, width};
-      multiply<false>({own.queries.get() + r * depth, depth}, right, scores, kFold * steps, static_cast<int>(up(s.width, kFold)));
-      weigh_rows(scores.at, keys, factor, own.totals.get() + r * kLanes, own.shifts.get() + r, sums.at, width);
-      multiply<true>(weights, values, sums, static_cast<int>(sizes.value_columns), steps * kLanes);
+      multiply_queries(own.queries.get() + r * depth, depth, right, scores, kFold * steps, static_cast<int>(up(s.width, kFold)));
+      weigh_rows(scores, keys, factor, own.totals.get() + r * kLanes, own.shifts.get() + r, sums.at, width);
+      add_values(weights, values, sums, s.width, steps * kLanes);
     }
   }
   for (int r = 0; r < rows; ++r) {
