@@ -13,6 +13,10 @@
 
 namespace {
 
+constexpr int64_t kHeavy = 16;  // weights per code of the input from which they are the larger load
+
+inline int64_t up_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
 // Output o of an image as a row of its codes.
 inline int64_t row_of(const QdmProduct& p, int64_t o) { return p.line ? o / p.valid * p.line + o % p.valid : o; }
 
@@ -25,6 +29,12 @@ struct Place {
     if (p.line && ++column == p.valid) row += p.line - p.valid, column = 0;
   }
 };
+
+// Bring a share of the next panel's weights, rows of `count`, into the second-level cache while those before them are multiplied.
+inline void fetch(const int8_t* from, int64_t bytes, Range rows, int64_t count) {
+  for (int64_t at = bytes * rows.from / count / 64 * 64; at < bytes * rows.to / count; at += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(from + at), _MM_HINT_T1);
+}
 
 // Some outputs of some images, for some panels: the weights of a panel pass by once.
 template <class Way, int Kind>
@@ -51,10 +61,12 @@ void multiply_part(const QdmProduct& product, Range images, Range outputs, Range
       Place place(p, outputs.from);
       for (int64_t o = outputs.from; o < outputs.to; o += Way::kBlock) {
         const int64_t count = std::min(Way::kBlock, outputs.to - o), m = image * per_image + o;
+        const bool last = image + 1 == images.to && o + count == outputs.to && panel + 1 < panels.to;
         for (int64_t r = 0; r < count; ++r, place.step(p)) rows[r] = row_at(image, place);
         for (int64_t s = 0; s < p.steps; s += Way::kSteps)
           for (int64_t r = 0; r < count; r += Way::kRows) {
             const int64_t some = std::min<int64_t>(Way::kRows, count - r), steps = std::min(Way::kSteps, p.steps - s);
+            if (last) fetch(weight + (p.steps + s) * 2 * kTile, steps * 2 * kTile, {r, r + some}, count);
             Way::multiply(some, rows + r, p.offsets + s, steps, weight + s * 2 * kTile, sums + r * kSide, s == 0);
           }
         const int32_t* total = p.centre ? &totals[(image - images.from) * (outputs.to - outputs.from) + o - outputs.from] : nullptr;
@@ -64,11 +76,20 @@ void multiply_part(const QdmProduct& product, Range images, Range outputs, Range
   }
 }
 
+// The size of a part of an image's outputs, of about `most`: whole blocks, and parts of one size.
+template <class Way>
+int64_t equal_part(int64_t outputs, int64_t most) {
+  const int64_t parts = (outputs + most - 1) / std::max(most, Way::kBlock);
+  return up_to(up_to(outputs, parts) / parts, Way::kBlock);
+}
+
 template <class Way>
 void product_by(const QdmProduct& p) {
   const int64_t per_image = p.line ? (p.rows + p.line - 1) / p.line * p.valid : p.rows;
-  const int64_t chunk = p.line ? std::max(p.chunk * p.valid / p.line / Way::kBlock * Way::kBlock, Way::kBlock) : p.chunk;
-  const int64_t panels = (p.outputs + kSide - 1) / kSide, each = std::max<int64_t>(p.images / p.threads, 1);
+  const int64_t chunk = p.line ? equal_part<Way>(per_image, p.chunk * p.valid / p.line) : p.chunk;
+  // where weights are many they pass by once for all images, whose codes every thread then makes for itself
+  const bool heavy = p.outputs * p.steps * 64 > kHeavy * p.images * per_image * p.channels;
+  const int64_t panels = (p.outputs + kSide - 1) / kSide, each = std::max<int64_t>(heavy ? p.images : p.images / p.threads, 1);
   const int64_t together = p.line ? std::min(std::max<int64_t>(chunk / per_image, 1), each) : 1;
   const int64_t chunks = (per_image + chunk - 1) / chunk, groups = (p.images + together - 1) / together, parts = groups * chunks;
   const int64_t cuts = parts % p.threads ? std::min<int64_t>(p.threads, panels) : 1;  // of the panels, so that every thread has work
