@@ -12,6 +12,7 @@ from qdm_cli.engine.models.roles import layer_roles
 from qdm_cli.engine.runtime import gpu
 from qdm_cli.engine.runtime.attention import speed_up_attention_
 from qdm_cli.engine.runtime.choice import Mode
+from qdm_cli.engine.runtime.memory import keep_freed_memory
 from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import share_inputs_
 
@@ -40,6 +41,8 @@ def tune_(denoiser: nn.Module, mode: Mode) -> None:
     fuse_blocks_(denoiser, enabled=mode == "auto")
     fuse_gpu_blocks_(denoiser, enabled=mode == "auto" and gpu.possible())
     if mode == "auto":
+        if any(isinstance(layer, PackedLayer) and layer.weight.device.type == "cpu" for layer in denoiser.modules()):
+            keep_freed_memory()
         for layer in denoiser.modules():
             if isinstance(layer, nn.Conv2d) and layer.weight.device.type != "meta":
                 layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
