@@ -36,6 +36,13 @@ inline void fetch(const int8_t* from, int64_t bytes, Range rows, int64_t count) 
     _mm_prefetch(reinterpret_cast<const char*>(from + at), _MM_HINT_T1);
 }
 
+// Ask for what is added to a panel of row m: rows lie too far apart for the CPU to see what comes next.
+template <int Kind>
+inline void fetch_residual(const QdmProduct& p, int64_t m, int64_t n) {
+  const char* at = reinterpret_cast<const char*>(place<Kind>(p.residual, m * p.outputs + n));
+  for (size_t line = 0; line < kSide * sizeof(Value<Kind>); line += 64) _mm_prefetch(at + line, _MM_HINT_T0);
+}
+
 // Some outputs of some images, for some panels: the weights of a panel pass by once.
 template <class Way, int Kind>
 void multiply_part(const QdmProduct& product, Range images, Range outputs, Range panels, int64_t per_image) {
@@ -62,7 +69,10 @@ void multiply_part(const QdmProduct& product, Range images, Range outputs, Range
       for (int64_t o = outputs.from; o < outputs.to; o += Way::kBlock) {
         const int64_t count = std::min(Way::kBlock, outputs.to - o), m = image * per_image + o;
         const bool last = image + 1 == images.to && o + count == outputs.to && panel + 1 < panels.to;
-        for (int64_t r = 0; r < count; ++r, place.step(p)) rows[r] = row_at(image, place);
+        for (int64_t r = 0; r < count; ++r, place.step(p)) {
+          rows[r] = row_at(image, place);
+          if (p.residual) fetch_residual<Kind>(p, m + r, n);
+        }
         for (int64_t s = 0; s < p.steps; s += Way::kSteps)
           for (int64_t r = 0; r < count; r += Way::kRows) {
             const int64_t some = std::min<int64_t>(Way::kRows, count - r), steps = std::min(Way::kSteps, p.steps - s);
