@@ -24,8 +24,8 @@ inline __m512i pairs(__m512 even, __m512 odd) {
 #ifdef QDM_FLOATS
   return _mm512_castps_si512(even);
 #else
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even)), high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  const auto cells = [](__m512 x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)); };
+  return _mm512_or_si512(cells(even), _mm512_slli_epi32(cells(odd), 16));
 #endif
 }
 
@@ -90,7 +90,7 @@ void pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, co
       const __m512 even = key < s.keys ? load(v.row(b, h, key) + c, s.width - c) : _mm512_setzero_ps();
       const __m512 odd = kFold == 2 && key + 1 < s.keys ? load(v.row(b, h, key + 1) + c, s.width - c) : _mm512_setzero_ps();
       const __m512i both = pairs(even, odd);
-      _mm512_store_si512(to, c + kLanes / 2 < s.width ? both : _mm512_inserti64x4(both, _mm512_castsi512_si256(both), 1));
+      _mm512_store_si512(to, c + kLanes / 2 < s.width ? both : half_panel(both));
     }
 }
 
@@ -108,22 +108,26 @@ void pack_block(const View<const T>& k, const View<const T>& v, int64_t b, int64
 
 // What a thread computes in: [kQueries, ...] each, scores [kRows, kKeys].
 struct Scratch {
-  std::unique_ptr<Cell[], Free> queries;
+  std::unique_ptr<Cell[], Free> queries, weights;
   std::unique_ptr<float[], Free> scores, sums, totals, shifts, mean;
   explicit Scratch(const Sizes& sizes)
-      : queries(room<Cell>(kQueries * sizes.key_steps * kFold * kLanes)), scores(room<float>(kRows * kKeys)),
+      : queries(room<Cell>(kQueries * sizes.key_steps * kFold * kLanes)),
+        weights(room<Cell>(kRows * kKeys)),
+        scores(room<float>(kRows * kKeys)),
         sums(room<float>(kQueries * sizes.value_columns * kLanes)), totals(room<float>(kQueries * kLanes)), shifts(room<float>(kQueries)),
         mean(room<float>(sizes.key_steps * kFold * kLanes)) {}
-  bool whole() const { return queries && scores && sums && totals && shifts && mean; }
+  bool whole() const { return queries && weights && scores && sums && totals && shifts && mean; }
 };
 
-// Queries as cells, rows behind the last one zero; returns the largest squared norm.
+// Queries as cells, rows behind the last one zero; those `ahead` are asked for. Returns the largest squared norm.
 template <typename T>
-float pack_queries(const View<const T>& q, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, Cell* to) {
+float pack_queries(const View<const T>& q, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, int64_t ahead,
+                   Cell* to) {
   const int64_t depth = sizes.key_steps * kFold * kLanes;
   float most = 0.0f;
   for (int64_t i = 0; i < kQueries; ++i) {
     __m512 norm = _mm512_setzero_ps();
+    if (first + i + ahead < s.queries) fetch(q.row(b, h, first + i + ahead), s.width);
     for (int64_t c = 0; c < depth; c += kLanes) {
       const __m512 x = first + i < s.queries && c < s.width ? load(q.row(b, h, first + i) + c, s.width - c) : _mm512_setzero_ps();
       norm = _mm512_fmadd_ps(x, x, norm);
@@ -134,66 +138,77 @@ float pack_queries(const View<const T>& q, int64_t b, int64_t h, int64_t first, 
   return most;
 }
 
-// Scores [32, kKeys] to weights as cells, in place: a row of weights lies at the beginning of its scores. Of the `keys` scores of a
-// row those behind the last key weigh nothing. kBounded: no shift is needed, else it is the largest score so far, and when it grows, what
-// was summed shrinks.
-template <bool kBounded>
-void weigh(float* scores, int keys, float factor, float* totals, float* shifts, float* sums, int64_t width) {
+// The largest score of a row so far; where it grows, what was summed shrinks. Returns what is taken off scores times `factor`.
+inline __m512 grown(const float* scores, int keys, float factor, float* most, __m512& total, float* sums, int64_t width) {
+  __m512 seen = _mm512_set1_ps(*most);
+  for (int j = 0; j < keys; j += kLanes) seen = _mm512_mask_max_ps(seen, lanes(keys - j), seen, _mm512_load_ps(scores + j));
+  const float largest = _mm512_reduce_max_ps(seen);
+  if (largest > *most) {
+    const __m512 shrunk = power<kDegree>(_mm512_set1_ps((*most - largest) * factor));
+    total = _mm512_mul_ps(total, shrunk);
+    for (int64_t c = 0; c < width; c += kLanes) _mm512_store_ps(sums + c, _mm512_mul_ps(_mm512_load_ps(sums + c), shrunk));
+    *most = largest;
+  }
+  return _mm512_set1_ps(largest * factor);
+}
+
+// Scores [32, kKeys] to weights; of the `keys` scores of a row those behind the last key weigh nothing. kBounded: no maximum is needed.
+// kWhole: there are kKeys of them.
+template <bool kBounded, bool kWhole>
+void weigh(const float* scores, Cell* weights, int keys, float factor, float* totals, float* shifts, float* sums, int64_t width) {
   const __m512 by = _mm512_set1_ps(factor);
-  const int padded = static_cast<int>(up(keys, 2 * kLanes)) * 2 * kLanes;
-  for (int r = 0; r < kRows; ++r, scores += kKeys, totals += kLanes, sums += width) {
-    __m512 shift = _mm512_setzero_ps(), total = _mm512_load_ps(totals);
-    if (!kBounded) {
-      __m512 most = _mm512_set1_ps(shifts[r]);
-      for (int j = 0; j < keys; j += kLanes) most = _mm512_mask_max_ps(most, lanes(keys - j), most, _mm512_load_ps(scores + j));
-      const float grown = _mm512_reduce_max_ps(most);
-      shift = _mm512_set1_ps(grown * factor);
-      if (grown > shifts[r]) {
-        const __m512 shrunk = power<kDegree>(_mm512_set1_ps((shifts[r] - grown) * factor));
-        total = _mm512_mul_ps(total, shrunk);
-        for (int64_t c = 0; c < width; c += kLanes) _mm512_store_ps(sums + c, _mm512_mul_ps(_mm512_load_ps(sums + c), shrunk));
-        shifts[r] = grown;
-      }
+  const int padded = kWhole ? kKeys : static_cast<int>(up(keys, 2 * kLanes)) * 2 * kLanes;
+  for (int r = 0; r < kRows; r += 2) {
+    __m512 shift[2] = {}, total[2], low[2], high[2];
+    for (int i = 0; i < 2; ++i) {
+      total[i] = _mm512_load_ps(totals + (r + i) * kLanes);
+      if (!kBounded) shift[i] = grown(scores + (r + i) * kKeys, keys, factor, shifts + r + i, total[i], sums + (r + i) * width, width);
     }
     for (int j = 0; j < padded; j += 2 * kLanes) {
-      __m512 low = _mm512_load_ps(scores + j), high = _mm512_load_ps(scores + j + kLanes);
-      low = kBounded ? bounded_power<kDegree>(low, by) : power<kDegree>(_mm512_fmsub_ps(low, by, shift));
-      high = kBounded ? bounded_power<kDegree>(high, by) : power<kDegree>(_mm512_fmsub_ps(high, by, shift));
-      if (j + 2 * kLanes > keys) {
-        low = _mm512_maskz_mov_ps(lanes(keys - j), low);
-        high = _mm512_maskz_mov_ps(lanes(keys - j - kLanes), high);
+      for (int i = 0; i < 2; ++i) {
+        const float* from = scores + (r + i) * kKeys + j;
+        low[i] = _mm512_load_ps(from), high[i] = _mm512_load_ps(from + kLanes);
+        low[i] = kBounded ? bounded_power<kDegree>(low[i], by) : power<kDegree>(_mm512_fmsub_ps(low[i], by, shift[i]));
+        high[i] = kBounded ? bounded_power<kDegree>(high[i], by) : power<kDegree>(_mm512_fmsub_ps(high[i], by, shift[i]));
+        if (!kWhole && j + 2 * kLanes > keys) {
+          low[i] = _mm512_maskz_mov_ps(lanes(keys - j), low[i]);
+          high[i] = _mm512_maskz_mov_ps(lanes(keys - j - kLanes), high[i]);
+        }
+        total[i] = _mm512_add_ps(total[i], _mm512_add_ps(low[i], high[i]));
       }
-      total = _mm512_add_ps(total, _mm512_add_ps(low, high));
-      store_cells(reinterpret_cast<Cell*>(scores) + j, low, high);
-      if (kFold == 1) _mm512_store_ps(scores + j + kLanes, high);
+      store_weights(weights, r, j, low, high);
     }
-    _mm512_store_ps(totals, total);
+    for (int i = 0; i < 2; ++i) _mm512_store_ps(totals + (r + i) * kLanes, total[i]);
   }
 }
 
 // kQueries queries from `first` against all keys of a head.
 template <typename T>
 void attend(const View<const T>& q, const View<T>& out, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes,
-            float factor, const Packed& head, Scratch& own) {
+            float factor, const Packed& head, int64_t ahead, Scratch& own) {
   const int64_t width = sizes.value_columns * kLanes, depth = sizes.key_steps * kFold * kLanes;
   const int rows = static_cast<int>(std::min<int64_t>(kQueries, s.queries - first));
-  const float longest = pack_queries(q, b, h, first, s, sizes, own.queries.get());
+  const float longest = pack_queries(q, b, h, first, s, sizes, ahead, own.queries.get());
   float key = 0.0f;
   for (int64_t block = 0; block < sizes.blocks; ++block) key = larger(head.norms[block], key);
-  const auto weigh_rows = longest * key * factor * factor < kSafe * kSafe ? weigh<true> : weigh<false>;
+  const bool bounded = longest * key * factor * factor < kSafe * kSafe;
+  const auto weigh_whole = bounded ? weigh<true, true> : weigh<false, true>;
+  const auto weigh_some = bounded ? weigh<true, false> : weigh<false, false>;
   std::fill_n(own.totals.get(), kQueries * kLanes, 0.0f);
   std::fill_n(own.sums.get(), kQueries * width, 0.0f);
   std::fill_n(own.shifts.get(), kQueries, -FLT_MAX);
   float* const scores = own.scores.get();
-  const Cell* const weights = reinterpret_cast<Cell*>(scores);
+  Cell* const weights = kWeightsApart ? own.weights.get() : reinterpret_cast<Cell*>(scores);
   for (int64_t block = 0; block < sizes.blocks; ++block) {
     const int keys = static_cast<int>(std::min<int64_t>(kKeys, s.keys - block * kKeys)), steps = static_cast<int>(up(keys, kFold * kLanes));
-    const Panels right{head.keys + block * (kKeys / kLanes) * sizes.key_steps * kPanel, sizes.key_steps * kPanel, kPanel};
-    const Panels values{head.values + block * (kKeys / kLanes / kFold) * sizes.value_columns * kPanel, kPanel, sizes.value_columns * kPanel};
+    const int64_t key_column = sizes.key_steps * kPanel, value_step = sizes.value_columns * kPanel;
+    const Panels right{head.keys + block * (kKeys / kLanes) * key_column, key_column, kPanel};
+    const Panels values{head.values + block * (kKeys / kLanes / kFold) * value_step, kPanel, value_step};
     for (int r = 0; r < rows; r += kRows) {
       const Sums sums{own.sums.get() + r * width, width};
       multiply_queries(own.queries.get() + r * depth, depth, right, scores, kFold * steps, static_cast<int>(up(s.width, kFold)));
-      weigh_rows(scores, keys, factor, own.totals.get() + r * kLanes, own.shifts.get() + r, sums.at, width);
+      const auto weigh_rows = keys == kKeys ? weigh_whole : weigh_some;
+      weigh_rows(scores, weights, keys, factor, own.totals.get() + r * kLanes, own.shifts.get() + r, sums.at, width);
       add_values(weights, values, sums, s.width, steps * kLanes);
     }
   }
@@ -211,7 +226,8 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
   const int64_t all = s.batch * s.heads, tasks = up(s.queries, kQueries);
   if (all * tasks == 0) return 0;
   // heads whose keys lie packed at once: threads wait for each other twice a group, and a busy machine makes them wait for long
-  const int64_t fitting = kPacked / static_cast<int64_t>(sizeof(Cell) * (sizes.keys() + sizes.values())), group = std::min(all, std::max(fitting, up(4 * threads, tasks)));
+  const int64_t fitting = kPacked / static_cast<int64_t>(sizeof(Cell) * (sizes.keys() + sizes.values()));
+  const int64_t group = std::min(all, std::max(fitting, up(4 * threads, tasks)));
   const auto keys = room<Cell>(group * sizes.keys()), values = room<Cell>(group * sizes.values());
   const auto norms = room<float>(group * sizes.blocks);
   int failed = !(keys && values && norms);
@@ -241,7 +257,8 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count * tasks; ++i) {
           const int64_t head = start + i / tasks;
-          attend(q, out, head / s.heads, head % s.heads, i % tasks * kQueries, s, sizes, factor, packed(i / tasks), own);
+          const int64_t first = i % tasks * kQueries, ahead = threads * kQueries;
+          attend(q, out, head / s.heads, head % s.heads, first, s, sizes, factor, packed(i / tasks), ahead, own);
         }
       }
     }

@@ -92,6 +92,12 @@ inline __m512 bounded_power(__m512 x, __m512 by) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
 }
 
+// Ask for a row of values: heads lie too far apart for the CPU to see what comes next.
+template <typename T>
+inline void fetch(const T* row, int64_t width) {
+  for (int64_t c = 0; c < width; c += 64 / sizeof(T)) _mm_prefetch(reinterpret_cast<const char*>(row + c), _MM_HINT_T1);
+}
+
 // The mean of some keys: weights do not change with a common part of all keys, and what is left loses less to rounding. Zeros unless
 // `rounded`.
 template <typename T>

@@ -25,9 +25,6 @@ struct Sums {
   int64_t stride;
 };
 
-// Do the last columns of so many fill half a register or less? Then the panels of values hold them twice.
-inline bool is_half(int64_t width) { return up(width, kLanes / 2) % 2; }
-
 #ifdef QDM_TILES
 
 struct TileSetup {
@@ -120,6 +117,16 @@ inline void multiply_queries(const Cell* queries, int64_t depth, const Panels& k
   multiply<false>({queries, depth}, keys, {scores, kKeys}, columns, pairs);
 }
 
+constexpr bool kWeightsApart = false;  // weights of a row take the place of its scores
+
+// 32 neighbours of two rows of weights, `low` and `high` halves of each, from `key` on.
+inline void store_weights(Cell* weights, int row, int key, const __m512 (&low)[2], const __m512 (&high)[2]) {
+  for (int i = 0; i < 2; ++i)
+    _mm512_store_si512(weights + (row + i) * kFold * kKeys + key, (__m512i)_mm512_cvtne2ps_pbh(high[i], low[i]));
+}
+
+inline __m512i half_panel(__m512i pairs) { return pairs; }
+
 // sums [32, width] += weights values
 inline void add_values(const Cell* weights, const Panels& values, const Sums& sums, int64_t width, int pairs) {
   multiply<true>({weights, kFold * kKeys}, values, sums, static_cast<int>(up(width, kLanes)), pairs);
@@ -131,6 +138,7 @@ struct Tiles {
   Tiles() {}  // not trivial: nobody reads the variable that holds the tiles
 };
 
+constexpr bool kWeightsApart = true;
 constexpr int kTogether = 8;  // rows of one product: with three columns 24 sums stay in registers
 
 // sum + the product of pairs of cells with 16 pairs
@@ -142,26 +150,50 @@ inline __m512 add(__m512 sum, __m512i left, __m512i right) {
 #endif
 }
 
-inline int32_t pair_at(const Cell* from) {
-  int32_t pair;
-  __builtin_memcpy(&pair, from, 4);
-  return pair;
+template <typename T>
+inline T read(const Cell* from) {
+  T cells;
+  __builtin_memcpy(&cells, from, sizeof cells);
+  return cells;
 }
 
-// c [8, 16 kColumns] (+)= a [8, 2 pairs] b; rows of a are kRow cells apart, pairs of a row kPair. kHalf: 8 columns more, in whose panel
-// both halves of a register hold the same, so that one register sums them for two rows.
-template <bool kAdd, int kColumns, bool kHalf, int64_t kRow, int64_t kPair>
+// The lanes of two registers in turn, the first halves of them alone.
+inline __m512i in_turn(__m512i first, __m512i second) {
+  const __m512i turn = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutex2var_epi32(first, turn, second);
+}
+
+inline __m512i upper(__m512i x) { return _mm512_shuffle_i64x2(x, x, 0xee); }
+
+// Pairs of 8 columns of values as `multiply` reads them.
+inline __m512i half_panel(__m512i pairs) { return in_turn(pairs, pairs); }
+
+// Sums of the half panel of two rows in one register, and back.
+inline __m512 load_halves(const float* first, const float* second) {
+  const auto wide = [](const float* from) { return _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(from))); };
+  return _mm512_castsi512_ps(in_turn(wide(first), wide(second)));
+}
+
+inline void store_halves(float* first, float* second, __m512 sums) {
+  const __m512i apart = _mm512_set_epi32(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512 both = _mm512_permutexvar_ps(apart, sums);
+  _mm256_store_ps(first, _mm512_castps512_ps256(both));
+  _mm256_store_ps(second, _mm512_extractf32x8_ps(both, 1));
+}
+
+// c [8, 16 kColumns] (+)= a [8, 2 pairs] b. A pair of cells of two rows of a lies side by side, kPair cells before the next pair, kTwo
+// before the next two rows. kHalf: 8 columns more, each of which has two neighbouring lanes in its panel, so that one register sums them
+// for two rows.
+template <bool kAdd, int kColumns, bool kHalf, int64_t kTwo, int64_t kPair>
 void multiply(const Cell* left, const Panels& b, const Sums& c, int pairs) {
   constexpr int kFull = kTogether * kColumns, kHalves = kHalf ? kTogether / 2 : 0, kPanels = kColumns + kHalf;
   constexpr auto full = std::make_integer_sequence<int, kFull>();
   constexpr auto halves = std::make_integer_sequence<int, kHalves>();
   __m512 sum[kFull + 1], half_sum[kHalves + 1];
   const auto place = [&](int i) { return c.at + i / kColumns * c.stride + i % kColumns * kLanes; };
-  const auto half_place = [&](int i) { return c.at + i * c.stride + kColumns * kLanes; };
+  const auto half_place = [&](int row) { return c.at + row * c.stride + kColumns * kLanes; };
   qdm::each(full, [&](auto i) QDM_INLINE { sum[i] = kAdd ? _mm512_load_ps(place(i)) : _mm512_setzero_ps(); });
-  qdm::each(halves, [&](auto i) QDM_INLINE {
-    half_sum[i] = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_load_ps(half_place(2 * i))), _mm256_load_ps(half_place(2 * i + 1)), 1);
-  });
+  qdm::each(halves, [&](auto i) QDM_INLINE { half_sum[i] = load_halves(half_place(2 * i), half_place(2 * i + 1)); });
   const Cell* panel[kPanels];
   for (int n = 0; n < kPanels; ++n) panel[n] = b.at + n * b.column;
   for (; pairs > 0; pairs -= kLanes) {
@@ -170,38 +202,36 @@ void multiply(const Cell* left, const Panels& b, const Sums& c, int pairs) {
       __m512i right[kPanels];
       qdm::each(std::make_integer_sequence<int, kPanels>(), [&](auto n) QDM_INLINE { right[n] = _mm512_load_si512(panel[n] + at); });
       qdm::each(std::make_integer_sequence<int, kTogether>(), [&](auto r) QDM_INLINE {
-        const __m512i row = _mm512_set1_epi32(pair_at(left + r * kRow));
+        const Cell* two = left + r / 2 * kTwo;
+        const __m512i row = _mm512_set1_epi32(read<int32_t>(two + r % 2 * kFold));
         qdm::each(std::make_integer_sequence<int, kColumns>(), [&](auto n) QDM_INLINE {
           sum[r * kColumns + n] = add(sum[r * kColumns + n], row, right[n]);
         });
-        if constexpr (kHalf && r % 2 == 0) {
-          const __m512i two = _mm512_mask_set1_epi32(row, 0xff00, pair_at(left + (r + 1) * kRow));
-          half_sum[r / 2] = add(half_sum[r / 2], two, right[kColumns]);
-        }
+        if constexpr (kHalf && r % 2)
+          half_sum[r / 2] = add(half_sum[r / 2], _mm512_set1_epi64(read<int64_t>(two)), right[kColumns]);
       });
     }
     for (int n = 0; n < kPanels; ++n) panel[n] += b.step;
   }
   qdm::each(full, [&](auto i) QDM_INLINE { _mm512_store_ps(place(i), sum[i]); });
-  qdm::each(halves, [&](auto i) QDM_INLINE {
-    _mm256_store_ps(half_place(2 * i), _mm512_castps512_ps256(half_sum[i]));
-    _mm256_store_ps(half_place(2 * i + 1), _mm512_extractf32x8_ps(half_sum[i], 1));
-  });
+  qdm::each(halves, [&](auto i) QDM_INLINE { store_halves(half_place(2 * i), half_place(2 * i + 1), half_sum[i]); });
 }
 
 // The same of 32 rows and any number of columns, two or three at a time; groups of 8 rows of a are `group` cells apart.
-template <bool kAdd, int64_t kRow, int64_t kPair>
+template <bool kAdd, int64_t kTwo, int64_t kPair>
 void multiply(const Cell* a, int64_t group, const Panels& b, const Sums& c, int columns, bool half, int pairs) {
-  constexpr void (*kBy[2][4])(const Cell*, const Panels&, const Sums&, int) = {
-      {nullptr, multiply<kAdd, 1, false, kRow, kPair>, multiply<kAdd, 2, false, kRow, kPair>, multiply<kAdd, 3, false, kRow, kPair>},
-      {multiply<true, 0, true, kRow, kPair>, multiply<true, 1, true, kRow, kPair>, multiply<true, 2, true, kRow, kPair>, nullptr}};
+  using Multiply = void(const Cell*, const Panels&, const Sums&, int);
+  constexpr Multiply* kWhole[] = {nullptr, multiply<kAdd, 1, false, kTwo, kPair>, multiply<kAdd, 2, false, kTwo, kPair>,
+                                  multiply<kAdd, 3, false, kTwo, kPair>};
+  constexpr Multiply* kWithHalf[] = {multiply<true, 0, true, kTwo, kPair>, multiply<true, 1, true, kTwo, kPair>,
+                                     multiply<true, 2, true, kTwo, kPair>};
   for (int n = 0; n < columns || half;) {
     const int left = columns - n;
     const bool last = half && left < 3;
     const int together = last ? left : left % 2 == 0 ? 2 : left == 1 || (half && left == 3) ? 1 : 3;
     for (int r = 0; r < kRows / kTogether; ++r)
-      kBy[last][together](a + r * group, {b.at + n * b.column, b.column, b.step},
-                          {c.at + r * kTogether * c.stride + n * kLanes, c.stride}, pairs);
+      (last ? kWithHalf : kWhole)[together](a + r * group, {b.at + n * b.column, b.column, b.step},
+                                            {c.at + r * kTogether * c.stride + n * kLanes, c.stride}, pairs);
     if (last) break;
     n += together;
   }
@@ -218,14 +248,28 @@ inline void store_query(Cell* queries, int64_t row, int64_t cell, int64_t depth,
 
 // scores [32, 16 columns] = queries keys; the first query is a multiple of 32
 inline void multiply_queries(const Cell* queries, int64_t depth, const Panels& keys, float* scores, int columns, int pairs) {
-  multiply<false, kFold, kTogether * kFold>(queries, kTogether * depth, keys, {scores, kKeys}, columns, false, pairs);
+  multiply<false, 2 * kFold, kTogether * kFold>(queries, kTogether * depth, keys, {scores, kKeys}, columns, false, pairs);
+}
+
+// kFold * 16 neighbours of two rows of weights, `low` and `high` halves of each, from `key` on.
+inline void store_weights(Cell* weights, int row, int key, const __m512 (&low)[2], const __m512 (&high)[2]) {
+  Cell* to = weights + row * kKeys + 2 * key;
+  const auto store_both = [](Cell* to, __m512i first, __m512i second) {
+    _mm512_store_si512(to, in_turn(first, second));
+    _mm512_store_si512(to + kFold * kLanes, in_turn(upper(first), upper(second)));
+  };
+#ifdef QDM_FLOATS
+  store_both(to, (__m512i)low[0], (__m512i)low[1]);
+  store_both(to + 2 * kLanes, (__m512i)high[0], (__m512i)high[1]);
+#else
+  store_both(to, (__m512i)_mm512_cvtne2ps_pbh(high[0], low[0]), (__m512i)_mm512_cvtne2ps_pbh(high[1], low[1]));
+#endif
 }
 
 // sums [32, width] += weights values
 inline void add_values(const Cell* weights, const Panels& values, const Sums& sums, int64_t width, int pairs) {
-  constexpr int64_t kRow = kFold * kKeys;
-  const bool half = is_half(width);
-  multiply<true, kRow, kFold>(weights, kTogether * kRow, values, sums, static_cast<int>(up(width, kLanes)) - half, half, pairs);
+  const bool half = up(width, kLanes / 2) % 2;
+  multiply<true, 2 * kKeys, 2 * kFold>(weights, kTogether * kKeys, values, sums, static_cast<int>(up(width, kLanes)) - half, half, pairs);
 }
 
 #endif
