@@ -8,6 +8,7 @@ sums are exact in float32. Codes become a backend's own layout at the first call
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -119,9 +120,13 @@ class PackedConv2d(PackedLayer):
         s = self.spec
         return conv2d_channels_last(x, weight, bias, s.stride, s.padding, s.dilation, s.groups)
 
-    def _apply_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    @functools.cached_property
+    def _is_pointwise(self) -> bool:
         s = self.spec
-        if Conv2dGeometry(s.stride, s.padding, s.dilation, s.groups).is_pointwise(weight.shape[2:]):
+        return Conv2dGeometry(s.stride, s.padding, s.dilation, s.groups).is_pointwise(s.kernel)
+
+    def _apply_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._is_pointwise:
             return pointwise(x.contiguous(memory_format=torch.channels_last), weight, bias)
         return self._apply_op(x, weight, bias)
 

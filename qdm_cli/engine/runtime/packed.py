@@ -88,7 +88,9 @@ class PackedLayer(nn.Module):
         if gpu.is_gpu(cast(Tensor, self._buffers["weight"]).device):
             return gpu.forward(self, x)
         if self.choice(x).kernel == "float":
-            return self._float_forward(x) if self.mode == "exact" else self._plain_forward(x)
+            if self.mode == "exact":
+                return self._float_forward(x)
+            return self.reuse.output(self, x, self._plain_forward) if isinstance(self.reuse, PerPrompt) else self._plain_forward(x)
         if self.reuse is not None:
             return self.reuse.output(self, x, self._quantized_forward)
         return self._quantized_forward(x)
@@ -313,11 +315,13 @@ class PackedLayer(nn.Module):
         """Dequantized weight, activations as they come: what `auto` runs where integers would be slower; in bf16 on CPUs that have it."""
         if x.device.type != "cpu":
             return self._apply_op(x, *gpu.expanded(self, x.dtype))
+        if torch.is_autocast_enabled("cpu"):  # entering a context costs more than a small layer
+            with torch.autocast("cpu", enabled=False):
+                return self._plain_forward(x)
         large = self._rows(x) * self.spec.terms * self.spec.outputs >= BF16_PRODUCT
         dtype = torch.bfloat16 if large and why_not_bf16() is None else torch.float32
         bias = self._buffers["bias"]
-        with torch.autocast("cpu", enabled=False):
-            return self._apply_plain(x.to(dtype), self.plain_weight(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+        return self._apply_plain(x.to(dtype), self.plain_weight(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
     def _half_forward(self, x: Tensor) -> Tensor:
         """Half precision cannot hold sums of centred codes: both operands are scaled first."""
