@@ -36,8 +36,8 @@ SMALL_PRODUCT_TILED = 8_000_000
 # The same where AVX2 multiplies 16-bit integers. Builtin W8A8 model, two cores, 1, 4, 16 images: 26.8, 44, 91 ms at 64 M, 24.7, 38, 89 ms
 # at 16 M, 25.7, 38, 94 ms at 8 M; 25.5, 48, 115 ms without those products.
 SMALL_PRODUCT_NARROW = 16_000_000
-# Multiply-adds from which a float layer of an fp32 model is worth its casts, where bf16 is native: the time embedding, 2 x 1280 x 1280, waits
-# for its weights, 0.8 ms in float32 and 0.2 in bf16 on two cores of an EPYC.
+# Multiply-adds from which a float layer of an fp32 model is worth its casts, where bf16 is native. The time embedding, 2 x 1280 x 1280,
+# waits for its weights: 0.8 ms in float32, 0.2 in bf16 on two cores of an EPYC.
 BF16_PRODUCT = 2_000_000
 FEW_ROWS, MANY_ROWS = 2, 4096  # rows that a GPU layer is chosen for: one per image, or tokens and pixels
 MODES: tuple[Mode, ...] = ("auto", "exact")

@@ -160,7 +160,7 @@ def forward(layer: PackedLayer, x: Tensor) -> Tensor:
     if form.choice.kernel == "float":
         if form.weight is not None and form.weight.dtype == x.dtype:
             return layer._apply_op(x, form.weight, form.bias)
-        return layer._float_forward(x) if layer.mode == "exact" else layer._plain_forward(x)
+        return layer._float_forward(x) if layer.mode == "exact" else layer._apply_op(x, *expanded(layer, x.dtype))
     if form.choice.kernel == "weights":
         return linear_w4a16.linear(x, form.prepared).to(x.dtype)
     if layer.reuse is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,11 +12,10 @@ from torch import Tensor, nn
 from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.quant.grid import IntGrid, PerChannel, PerGroup, broadcast, centred_codes
 from qdm_cli.engine.quant.modules import dynamic_qparams, per_input
-from qdm_cli.engine.runtime import gpu
-from qdm_cli.engine.runtime.choice import BF16_PRODUCT, Case, Choice, Machine, Mode, choose, code_ranges, say_once
+from qdm_cli.engine.runtime import gpu, plain
+from qdm_cli.engine.runtime.choice import Case, Choice, Machine, Mode, choose, code_ranges, say_once
 from qdm_cli.engine.runtime.layer import LayerSpec
 from qdm_cli.engine.runtime.reuse import PerPrompt, SharedInput
-from qdm_kernels.attention.op import why_not_cpu as why_not_bf16
 from qdm_kernels.conv2d_w8a8 import cpu as conv2d_cpu
 from qdm_kernels.layout import unpack_weight
 from qdm_kernels.linear_w8a8 import cpu as linear_cpu
@@ -58,6 +58,7 @@ class PackedLayer(nn.Module):
     _grids: dict[int, Grid]
     _scales: dict[tuple[int, Grid], tuple[Any, Tensor, Tensor | None]]  # operand, scale of outputs, bias, by the operand's id and grid
     _gated: Gated | None
+    _operands: dict[plain.Key, plain.Operands]  # of inputs met in floating point
 
     def __init__(self, spec: LayerSpec, *, device: str | torch.device = "meta"):
         super().__init__()
@@ -76,6 +77,8 @@ class PackedLayer(nn.Module):
 
     def forward(self, x: Tensor, *unused: object) -> Tensor:
         """x: float, [..., K] or [B, I, H, W] -> the same dtype. `unused`: diffusers passes a LoRA scale to some layers."""
+        if (y := plain.known(self, x)) is not None:
+            return y
         factors = self._buffers["pre_scale"]
         return (
             self._forward(x)
@@ -90,7 +93,8 @@ class PackedLayer(nn.Module):
         if self.choice(x).kernel == "float":
             if self.mode == "exact":
                 return self._float_forward(x)
-            return self.reuse.output(self, x, self._plain_forward) if isinstance(self.reuse, PerPrompt) else self._plain_forward(x)
+            compute = partial(plain.forward, self)
+            return self.reuse.output(self, x, compute) if isinstance(self.reuse, PerPrompt) else compute(x)
         if self.reuse is not None:
             return self.reuse.output(self, x, self._quantized_forward)
         return self._quantized_forward(x)
@@ -311,18 +315,6 @@ class PackedLayer(nn.Module):
             bias = self._buffers["bias"]
             return (y if bias is None else y + self._per_output(bias)).to(x.dtype)
 
-    def _plain_forward(self, x: Tensor) -> Tensor:
-        """Dequantized weight, activations as they come: what `auto` runs where integers would be slower; in bf16 on CPUs that have it."""
-        if x.device.type != "cpu":
-            return self._apply_op(x, *gpu.expanded(self, x.dtype))
-        if torch.is_autocast_enabled("cpu"):  # entering a context costs more than a small layer
-            with torch.autocast("cpu", enabled=False):
-                return self._plain_forward(x)
-        large = self._rows(x) * self.spec.terms * self.spec.outputs >= BF16_PRODUCT
-        dtype = torch.bfloat16 if large and why_not_bf16() is None else torch.float32
-        bias = self._buffers["bias"]
-        return self._apply_plain(x.to(dtype), self.plain_weight(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
-
     def _half_forward(self, x: Tensor) -> Tensor:
         """Half precision cannot hold sums of centred codes: both operands are scaled first."""
         restored = x
@@ -392,11 +384,11 @@ class PackedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own backend layout: oneDNN's packed tensors cannot be copied."""
         made_here = dict.fromkeys(("_prepared", "_row_sums", "_floats", "_plain", "_constant", "_form", "_halves", "_gated", "reuse"))
-        return {**self.__dict__, **made_here, "_choices": {}, "_grids": {}, "_scales": {}}
+        return {**self.__dict__, **made_here, "_choices": {}, "_grids": {}, "_scales": {}, "_operands": {}}
 
     def _forget_(self) -> None:
         self._prepared = self._row_sums = self._floats = self._plain = self._constant = self._form = self._halves = self._gated = None
-        self._choices, self._grids, self._scales = {}, {}, {}
+        self._choices, self._grids, self._scales, self._operands = {}, {}, {}, {}
         if self.reuse is not None:
             self.reuse.forget_()
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdm_cli.engine.runtime import choice
-from qdm_cli.engine.runtime import packed as base
+from qdm_cli.engine.runtime import choice, plain
 from qdm_cli.engine.runtime.choice import Case, Machine, choose, default_mode, widest_codes
 from qdm_cli.engine.runtime.folder import packed_tensors, write_component
 from qdm_cli.engine.runtime.layer import LayerSpec
@@ -127,8 +126,8 @@ def test_auto_computes_with_the_dequantized_weight_and_float_activations(
     kind: str, native: bool, probe_as, make_layer_state, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe_as(Exact.NONE)
-    monkeypatch.setattr(base, "why_not_bf16", lambda: None if native else "not native")
-    monkeypatch.setattr(base, "BF16_PRODUCT", 0)
+    monkeypatch.setattr(plain, "why_not_bf16", lambda: None if native else "not native")
+    monkeypatch.setattr(plain, "BF16_PRODUCT", 0)
     original = {"linear": nn.Linear(80, 24), "conv3x3": nn.Conv2d(16, 12, 3, padding=1), "conv1x1": nn.Conv2d(72, 10, 1, bias=False)}[kind]
     x = torch.randn((6, 80) if kind == "linear" else (2, original.in_channels, 7, 6), generator=torch.Generator().manual_seed(0))
     packed = packed_from_state(make_layer_state(original, bits_w=8), original, 1)

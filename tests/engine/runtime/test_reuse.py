@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from qdm_cli.engine.models.tiny import tiny_denoiser
+from qdm_cli.engine.runtime import plain
 from qdm_cli.engine.runtime.modules import pack_denoiser_, packed_from_state
 from qdm_cli.engine.runtime.reuse import share_inputs_
+from qdm_cli.engine.runtime.tune import in_mode
 from qdm_kernels.linear_w8a8 import cpu as linear_cpu
 from qdm_kernels.linear_w8a8 import op as linear_op
 
@@ -193,3 +195,38 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     if name == "dit":
         return {"hidden_states": sample, "timestep": torch.tensor([400, 400]), "class_labels": torch.tensor([1, 2])}
     return {"sample": sample, "timestep": torch.tensor(400), "encoder_hidden_states": tensor(2, 7, config.cross_attention_dim)}
+
+
+def test_float_layers_keep_a_prompt_too(make_layer_state, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` leaves small products in floating point; keys and values are computed once all the same, and anew when the prompt changes."""
+    heads = Heads(make_layer_state, cross=True)
+    share_inputs_(heads)
+    prompt = tensor(2, 7, 72)
+    calls: list[int] = []
+    real = plain.forward
+    monkeypatch.setattr(plain, "forward", lambda layer, x: calls.append(1) or real(layer, x))
+    with in_mode(heads, "auto"):
+        assert heads.to_k.choice(prompt).kernel == "float"
+        first = heads.to_k(prompt)
+        assert heads.to_k(prompt) is first
+        assert len(calls) == 1
+        prompt.mul_(2)
+        assert not torch.equal(heads.to_k(prompt), first)
+        assert len(calls) == 2
+
+
+@pytest.mark.parametrize("original", [nn.Linear(72, 40), nn.Conv2d(8, 12, 3, padding=1)], ids=["linear", "conv2d"])
+def test_what_float_layers_multiply_with_is_kept_and_dropped(original: nn.Module, make_layer_state) -> None:
+    layer = packed_from_state(make_layer_state(original, 1), original, 1)
+    x = tensor(3, 72) if isinstance(original, nn.Linear) else tensor(2, 8, 6, 6)
+    with in_mode(layer, "auto"):
+        first = layer(x)
+        assert layer._operands
+        assert torch.equal(layer(x), first)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer(x), first)
+        layer.load_buffer_("weight_scale", layer.weight_scale * 2)
+        assert not layer._operands
+        bias = layer.bias if isinstance(original, nn.Linear) else layer.bias.view(-1, 1, 1)
+        torch.testing.assert_close(layer(x) - bias, 2 * (first - bias), rtol=2e-2, atol=2e-2)
+    assert not layer._operands
