@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdm_kernels.attention import reference
+from qdm_kernels.attention import reference as attention_reference
 from qdm_kernels.native import attention as native
 from qdm_kernels.native.attention import Products
+from qdm_kernels.native.producers import Grid
+from qdm_kernels.quantize import reference
 
 KINDS = [kind for kind in native.LIBRARIES if native._library(kind) is not None]
 FIXED = [kind for kind in (Products.SHORTS, Products.NARROW) if kind in KINDS]
@@ -59,7 +61,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[T
 
 
 def error(got: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
-    want = reference.attention(q.double(), k.double(), v.double(), scale)
+    want = attention_reference.attention(q.double(), k.double(), v.double(), scale)
     return float((got.double() - want).norm() / want.norm())
 
 
@@ -163,6 +165,27 @@ def test_runs_and_threads_agree_to_the_bit(kind) -> None:
     assert all(torch.equal(one, got[0]) for one in got)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "zero", "code_dtype"), [((2, 3, 65, 130, 40), 5, torch.int8), ((1, 2, 33, 31, 72), -40, torch.uint8)], ids=str
+)
+@pytest.mark.parametrize("size", [1.0, 100.0], ids=["bounded", "large scores"])
+@pytest.mark.parametrize("with_gain", [False, True], ids=["", "gain"])
+def test_codes_are_those_of_the_output(shape, zero, code_dtype, size, with_gain, dtype, kind) -> None:
+    """In one pass what takes two: a code may be the next one where an output, not rounded to bfloat16 in between, is near a tie."""
+    q, k, v = drawn(shape, dtype)
+    q, k = q * size, k * size
+    gain = torch.rand(shape[1] * shape[4]) + 0.5 if with_gain else None
+    to = native.Codes(Grid(50.0, zero), gain, code_dtype)
+    got = native.attention(q, k, v, 0.2, kind, to).transpose(1, 2).flatten(2)
+    assert got.dtype == code_dtype
+    values = native.attention(q, k, v, 0.2, kind).transpose(1, 2).flatten(2).float()
+    want = reference.quantize(values if gain is None else values * gain, torch.tensor(0.02), torch.tensor(zero), 8).int()
+    off = got.int() - (128 if code_dtype == torch.uint8 else 0) - want
+    assert off.abs().max() <= 1
+    assert (off != 0).float().mean() < (0.15 if dtype == torch.bfloat16 else 1e-3)
+
+
 def test_torchs_own_products_survive_it(kind) -> None:
     """oneDNN keeps a tile configuration of its own in the same threads."""
     a, b = draw(256, 256).bfloat16(), draw(256, 256, seed=1).bfloat16()
@@ -211,7 +234,7 @@ def test_where_scores_may_be_large_float32_serves(fixed) -> None:
     q, k, v = drawn((1, 2, 70, 90, 40))
     k = torch.cat([30 * k[:, :, :45], -30 * k[:, :, :45]], 2)
     got = native.attention(q, k, v, 0.4, fixed)
-    assert torch.equal(got, native._in_float32(q, k, v, 0.4))
+    assert torch.equal(got, native._in_float32(q, k, v, 0.4, None))
     assert got.transpose(1, 2).is_contiguous()
     assert error(got, q, k, v, 0.4) <= 1e-5
     outlier = v.clone()

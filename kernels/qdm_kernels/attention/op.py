@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qdm_kernels.attention import cpu
 from qdm_kernels.native import attention as native
-from qdm_kernels.native.attention import Products
+from qdm_kernels.native.attention import Codes, Products
 from qdm_kernels.prepared import integer_op
 
 SHORTEST = 1024  # queries and keys; below, torch's kernel keeps all scores in the cache
@@ -92,6 +92,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         raise ValueError(f"q [B, H, L, d] and k, v [B, H, S > 0, d], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _implementation(q, k, v, scale)(q, k, v, scale)
+
+
+@integer_op
+def codes(q: Tensor, k: Tensor, v: Tensor, to: Codes) -> Tensor | None:
+    """Codes of `attention` [B, L, H * d], as the layer that follows reads them, in one pass; None = no compiled loop is the faster one."""
+    scale = q.shape[-1] ** -0.5
+    if why_not(q, k, v) is not None or _implementation(q, k, v, scale) is not native.attention:
+        return None
+    return native.attention(q, k, v, scale, codes=to).transpose(1, 2).flatten(2)
 
 
 def _implementation(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:

@@ -9,6 +9,16 @@
 
 #include "lanes.h"
 
+extern "C" {
+
+struct QdmCodes {
+  float inverse;  // of the grid
+  int32_t zero, bits, flip;
+  const float* gain;  // [heads][width], or null
+};
+
+}  // extern "C"
+
 namespace {
 
 using half = uint16_t;  // the bits of a bfloat16
@@ -29,6 +39,26 @@ struct View {
   T* at;
   Strides by;
   T* row(int64_t b, int64_t h, int64_t i) const { return at + b * by.batch + h * by.head + i * by.row; }
+};
+
+// Where outputs go: values of T, or codes of value * gain at the same strides.
+template <typename T>
+struct Output : View<T> {
+  const QdmCodes* codes;  // null = values
+  int64_t width;
+  qdm::Quantizer quantizer;
+
+  Output(const View<T>& to, const QdmCodes* codes, int64_t width)
+      : View<T>(to),
+        codes(codes),
+        width(width),
+        quantizer(codes ? qdm::Grid{codes->inverse, codes->zero, codes->bits, codes->flip} : qdm::Grid{1.0f, 0, 8, 0}) {}
+
+  // Codes of up to a register of outputs from column c on.
+  void store_codes(int64_t b, int64_t h, int64_t i, int64_t c, qdm::Floats x, int64_t count) const {
+    int8_t* to = reinterpret_cast<int8_t*>(this->at) + b * this->by.batch + h * this->by.head + i * this->by.row + c;
+    quantizer.store(to, codes->gain ? x * qdm::load(codes->gain + h * width + c, count) : x, count);
+  }
 };
 
 // The larger one, or NaN.

@@ -1,6 +1,7 @@
 """`attention.cpp`, `attention_short.cpp` and `attention_narrow.cpp` on tensors."""
 
 import ctypes
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdm_kernels.native.build import library
+from qdm_kernels.native.producers import Grid
+from qdm_kernels.native.quantize import quantize_into
 
 WIDEST = 1024  # of a head: the sums of a block of queries stay in the second-level cache
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -41,6 +44,19 @@ def products() -> Products:
     return next((kind for kind in LIBRARIES if _library(kind) is not None), Products.NONE)
 
 
+@dataclass(frozen=True)
+class Codes:
+    """What outputs become: codes of output * gain. gain: float32 [H * d], None = 1; dtype: int8, or uint8 shifted by +128."""
+
+    grid: Grid
+    gain: Tensor | None = None
+    dtype: torch.dtype = torch.int8
+
+
+class _Codes(ctypes.Structure):
+    _fields_ = [("inverse", ctypes.c_float), *((name, ctypes.c_int32) for name in ("zero", "bits", "flip")), ("gain", ctypes.c_void_p)]
+
+
 def takes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     """Does the native loop read these CPU tensors [B, H, L, d], [B, H, S, d]?"""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in _KINDS or any(t.device.type != "cpu" for t in (q, k, v)):
@@ -48,36 +64,48 @@ def takes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     return scale > 0 and 0 < q.shape[3] <= WIDEST and products() is not Products.NONE
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | None = None, codes: Codes | None = None) -> Tensor:
     """softmax(q k^T scale) v of what `takes` accepts -> [B, H, L, d], laid out as [B, L, H, d]. kind: None = the fastest here.
 
     Products in bfloat16 with float32 sums: keys in float32 lose a common part before they are rounded, weights are rounded, scores are not.
     FLOATS: all in float32. SHORTS and NARROW: products in 16-bit fixed point, 20 times closer than bfloat16; float32 where scores may be
-    large.
+    large. codes: outputs, before they are rounded to the dtype of q, become codes of it, laid out alike.
     """
     library_ = _library(products() if kind is None else kind)
     if library_ is None:
         raise RuntimeError("no native attention on this machine")
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     batch, heads, length, width = q.shape
-    out = torch.empty((batch, length, heads, width), dtype=q.dtype).transpose(1, 2)
+    out = torch.empty((batch, length, heads, width), dtype=q.dtype if codes is None else codes.dtype).transpose(1, 2)
     sizes = (ctypes.c_int64 * 5)(batch, heads, length, k.shape[2], width)
     by = (ctypes.c_int64 * 12)(*(step for t in (q, k, v, out) for step in t.stride()[:3]))
+    gain = None if codes is None or codes.gain is None else codes.gain.float().contiguous()
+    target = None if codes is None else ctypes.byref(_structure(codes, gain))
     call = getattr(library_, f"qdm_attention_{_KINDS[q.dtype]}")
-    result = call(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), sizes, by, scale, torch.get_num_threads())
+    result = call(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), sizes, by, scale, torch.get_num_threads(), target)
     if result == _UNBOUNDED:
-        return _in_float32(q, k, v, scale)
+        return _in_float32(q, k, v, scale, codes)
     if result:
         raise MemoryError("attention: no memory for packed keys and values")
     return out
 
 
-def _in_float32(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _structure(codes: Codes, gain: Tensor | None) -> _Codes:
+    grid, flip = codes.grid, 0x80 if codes.dtype == torch.uint8 else 0
+    return _Codes(grid.inverse, grid.zero_point, grid.bits, flip, None if gain is None else gain.data_ptr())
+
+
+def _in_float32(q: Tensor, k: Tensor, v: Tensor, scale: float, codes: Codes | None) -> Tensor:
     """What norms do not bound: the loop of AVX512, or torch's kernel where there is none."""
     if _library(Products.FLOATS) is not None:
-        return attention(q, k, v, scale, Products.FLOATS)
-    out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).to(q.dtype)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+        return attention(q, k, v, scale, Products.FLOATS, codes)
+    out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).transpose(1, 2)
+    if codes is None:
+        return out.to(q.dtype).contiguous().transpose(1, 2)
+    rows = out.flatten(2) if codes.gain is None else out.flatten(2) * codes.gain
+    made = torch.empty(rows.shape, dtype=codes.dtype)
+    quantize_into(rows.contiguous(), made, codes.grid.inverse, codes.grid.zero_point, codes.grid.bits, unsigned=codes.dtype == torch.uint8)
+    return made.view(out.shape).transpose(1, 2)
 
 
 @cache
@@ -88,5 +116,5 @@ def _library(kind: Products) -> ctypes.CDLL | None:
         return None
     for name in _KINDS.values():
         function = getattr(made, f"qdm_attention_{name}")
-        function.argtypes, function.restype = [ctypes.c_void_p] * 6 + [ctypes.c_float, ctypes.c_int], ctypes.c_int
+        function.argtypes, function.restype = [ctypes.c_void_p] * 6 + [ctypes.c_float, ctypes.c_int, ctypes.c_void_p], ctypes.c_int
     return made

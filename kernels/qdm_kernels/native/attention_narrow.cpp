@@ -328,20 +328,24 @@ inline void transpose(Floats* x) {
 
 // Sums [columns, 16] of eight queries over their totals, to up to eight rows.
 template <typename T>
-void put(const float* sums, const float* totals, const View<T>& out, int64_t b, int64_t h, int64_t first, const Shape& s) {
+void put(const float* sums, const float* totals, const Output<T>& out, int64_t b, int64_t h, int64_t first, const Shape& s) {
   const Floats share = 1.0f / load(totals);
   const int64_t rows = std::min(kLanes, s.queries - first);
   sweep(s.width, [&](int64_t c, int64_t n) QDM_INLINE {
     Floats x[kLanes];
     for (int i = 0; i < kLanes; ++i) x[i] = load(sums + (c + i) * kSide) * share;
     transpose(x);
-    for (int64_t i = 0; i < rows; ++i) store(out.row(b, h, first + i) + c, x[i], n);
+    for (int64_t i = 0; i < rows; ++i)
+      if (out.codes)
+        out.store_codes(b, h, first + i, c, x[i], n);
+      else
+        store(out.row(b, h, first + i) + c, x[i], n);
   });
 }
 
 // Queries of a task against all keys of a head.
 template <typename T>
-void attend(const View<T>& out, int64_t b, int64_t h, int64_t task, const Shape& s, const Sizes& sizes, const Packed& head,
+void attend(const Output<T>& out, int64_t b, int64_t h, int64_t task, const Shape& s, const Sizes& sizes, const Packed& head,
             const Scratch& own) {
   const int64_t first = task * kQueries, rows = std::min<int64_t>(kQueries, s.queries - first), some = up(rows, kSide);
   float *totals = own.totals.get(), *sums = own.sums.get();
@@ -366,7 +370,7 @@ bool bounded(const Packed& head, const Sizes& sizes, float factor) {
 }
 
 template <typename T>
-int attention(const View<const T>& q, const View<const T>& k, const View<const T>& v, const View<T>& out, const Shape& s, float scale,
+int attention(const View<const T>& q, const View<const T>& k, const View<const T>& v, const Output<T>& out, const Shape& s, float scale,
               int threads) {
   const Sizes sizes(s);
   const int64_t heads = s.batch * s.heads, parts = sizes.blocks + sizes.tasks;

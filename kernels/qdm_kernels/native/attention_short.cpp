@@ -200,7 +200,7 @@ void add_values(const int16_t* weights, const float* shares, const int16_t* valu
 
 // kQueries queries from `first` against all keys of a head.
 template <typename T>
-void attend(const View<const T>& q, const View<T>& out, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, float factor,
+void attend(const View<const T>& q, const Output<T>& out, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, float factor,
             const Packed& head, Scratch& own) {
   const int64_t width = sizes.value_columns * kLanes, depth = sizes.key_steps * 2 * kLanes, columns = sizes.value_columns;
   const int rows = static_cast<int>(std::min<int64_t>(kQueries, s.queries - first)), pairs = static_cast<int>(up(s.width, 2));
@@ -239,8 +239,13 @@ void attend(const View<const T>& q, const View<T>& out, int64_t b, int64_t h, in
   }
   for (int r = 0; r < rows; ++r) {
     const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(own.totals.get() + r * kLanes)));
-    for (int64_t c = 0; c < s.width; c += kLanes)
-      store(out.row(b, h, first + r) + c, _mm512_mul_ps(_mm512_load_ps(own.sums.get() + r * width + c), share), s.width - c);
+    for (int64_t c = 0; c < s.width; c += kLanes) {
+      const __m512 y = _mm512_mul_ps(_mm512_load_ps(own.sums.get() + r * width + c), share);
+      if (out.codes)
+        out.store_codes(b, h, first + r, c, (qdm::Floats)y, s.width - c);
+      else
+        store(out.row(b, h, first + r) + c, y, s.width - c);
+    }
   }
 }
 
@@ -255,7 +260,7 @@ bool bounded(const Packed& head, const Sizes& sizes, float factor) {
 }
 
 template <typename T>
-int attention(const View<const T>& q, const View<const T>& k, const View<const T>& v, const View<T>& out, const Shape& s, float scale,
+int attention(const View<const T>& q, const View<const T>& k, const View<const T>& v, const Output<T>& out, const Shape& s, float scale,
               int threads) {
   const Sizes sizes(s);
   const int64_t all = s.batch * s.heads, tasks = up(s.queries, kQueries), width = sizes.value_columns * kLanes;

@@ -30,6 +30,7 @@ from qdm_kernels.group_norm_quantize.cpu import normalize_quantize
 from qdm_kernels.layer_norm_quantize import cpu as layer_norm
 from qdm_kernels.linear_w8a8 import op as linear_op
 from qdm_kernels.native import producers, tiles
+from qdm_kernels.native.attention import Codes
 from qdm_kernels.native.producers import Grid
 from qdm_kernels.quantize.op import quantize
 
@@ -178,9 +179,13 @@ def _is_plain(attn: nn.Module) -> bool:
 def _attend(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> Tensor:
     """x + attention of norm(x), [B, L, C], to itself or to a context [B, S, C'] -> a tensor of its own."""
     q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in _projections(attn, norm, x, context))
+    last = attn.to_out[0]
+    if takes_codes(last, x) and _native(x, last) and last.prepared.strategy in tiles.STRATEGIES:
+        to = Codes(cast(Grid, last.grid()), last._buffers["pre_scale"], last.prepared.code_dtype)
+        if (codes := attention_op.codes(q, k, v, to)) is not None:
+            return from_codes(last, codes, x, x)
     product = attention_op.attention if attention_op.why_not(q, k, v) is None else nn.functional.scaled_dot_product_attention
-    y, last = product(q, k, v).transpose(1, 2).flatten(2), attn.to_out[0]
-    return added(last, y, x)
+    return added(last, product(q, k, v).transpose(1, 2).flatten(2), x)
 
 
 def _projections(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
@@ -282,6 +287,8 @@ def takes_codes(layer: nn.Module, x: Tensor) -> TypeGuard[PackedConv2d | PackedL
         return False
     if layer.choice(x).kernel != "integer":
         return False
+    if layer.grid() is not None:
+        return True
     scale, zero = layer._activation(x)
     return scale.numel() == 1 and zero.numel() == 1
 
