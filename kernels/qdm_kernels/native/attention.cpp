@@ -123,12 +123,12 @@ struct Scratch {
 template <typename T>
 float pack_queries(const View<const T>& q, int64_t b, int64_t h, int64_t first, const Shape& s, const Sizes& sizes, int64_t ahead,
                    Cell* to) {
-  const int64_t depth = sizes.key_steps * kFold * kLanes;
+  const int64_t depth = sizes.key_steps * kFold * kLanes, read = up(s.width, kQueryCells) * kQueryCells;
   float most = 0.0f;
   for (int64_t i = 0; i < kQueries; ++i) {
     __m512 norm = _mm512_setzero_ps();
     if (first + i + ahead < s.queries) fetch(q.row(b, h, first + i + ahead), s.width);
-    for (int64_t c = 0; c < depth; c += kLanes) {
+    for (int64_t c = 0; c < read; c += kLanes) {
       const __m512 x = first + i < s.queries && c < s.width ? load(q.row(b, h, first + i) + c, s.width - c) : _mm512_setzero_ps();
       norm = _mm512_fmadd_ps(x, x, norm);
       store_query(to, i, c, depth, x);

@@ -25,6 +25,10 @@ struct Sums {
   int64_t stride;
 };
 
+// 16 values as cells; what a mask writes would not be read before it has reached the cache.
+inline void store_whole(float* to, __m512 x) { _mm512_store_ps(to, x); }
+inline void store_whole(half* to, __m512 x) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), qdm::halves((qdm::Floats)x)); }
+
 #ifdef QDM_TILES
 
 struct TileSetup {
@@ -107,9 +111,11 @@ void multiply(const Rows& a, const Panels& b, const Sums& c, int columns, int pa
   fence();
 }
 
+constexpr int kQueryCells = kFold * kLanes;  // of a query that are read at once: zeros stand behind the last
+
 // 16 values of query `row` from `cell` on, to where `multiply_queries` reads queries of `depth` cells each.
 inline void store_query(Cell* queries, int64_t row, int64_t cell, int64_t depth, __m512 x) {
-  store(queries + row * depth + cell, x, kLanes);
+  store_whole(queries + row * depth + cell, x);
 }
 
 // scores [32, 16 columns] = queries keys; the first query is a multiple of 32
@@ -237,11 +243,13 @@ void multiply(const Cell* a, int64_t group, const Panels& b, const Sums& c, int 
   }
 }
 
+constexpr int kQueryCells = kFold;
+
 // 16 values of query `row` from `cell` on, to where `multiply_queries` reads queries of `depth` cells each: a pair of 8 queries side by
 // side, then their next pair, so that one address serves all of them.
 inline void store_query(Cell* queries, int64_t row, int64_t cell, int64_t depth, __m512 x) {
   alignas(64) Cell cells[kLanes];
-  store(cells, x, kLanes);
+  store_whole(cells, x);
   Cell* to = queries + row / kTogether * kTogether * depth + row % kTogether * kFold + cell * kTogether;
   for (int64_t c = 0; c < kLanes; c += kFold) __builtin_memcpy(to + c * kTogether, cells + c, 4);
 }

@@ -213,7 +213,11 @@ class Quantizer {
     if (count >= kLanes)
       std::memcpy(to, &codes, kLanes);
     else
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+      _mm_mask_storeu_epi8(to, static_cast<__mmask16>((1 << count) - 1), reinterpret_cast<__m128i>(codes));  // no call
+#else
       std::memcpy(to, &codes, count);
+#endif
   }
 
  private:
