@@ -144,7 +144,7 @@ struct Tiles {
   Tiles() {}  // not trivial: nobody reads the variable that holds the tiles
 };
 
-constexpr bool kWeightsApart = true;
+constexpr bool kWeightsApart = true;  // weights have memory of their own
 constexpr int kTogether = 8;  // rows of one product: with three columns 24 sums stay in registers
 
 // sum + the product of pairs of cells with 16 pairs
@@ -243,7 +243,7 @@ void multiply(const Cell* a, int64_t group, const Panels& b, const Sums& c, int 
   }
 }
 
-constexpr int kQueryCells = kFold;
+constexpr int kQueryCells = kFold;  // of a query that are read at once
 
 // 16 values of query `row` from `cell` on, to where `multiply_queries` reads queries of `depth` cells each: a pair of 8 queries side by
 // side, then their next pair, so that one address serves all of them.
@@ -259,12 +259,12 @@ inline void multiply_queries(const Cell* queries, int64_t depth, const Panels& k
   multiply<false, 2 * kFold, kTogether * kFold>(queries, kTogether * depth, keys, {scores, kKeys}, columns, false, pairs);
 }
 
-// kFold * 16 neighbours of two rows of weights, `low` and `high` halves of each, from `key` on.
+// 32 neighbours of two rows of weights, `low` and `high` halves of each, from `key` on: a pair of both rows side by side.
 inline void store_weights(Cell* weights, int row, int key, const __m512 (&low)[2], const __m512 (&high)[2]) {
   Cell* to = weights + row * kKeys + 2 * key;
-  const auto store_both = [](Cell* to, __m512i first, __m512i second) {
-    _mm512_store_si512(to, in_turn(first, second));
-    _mm512_store_si512(to + kFold * kLanes, in_turn(upper(first), upper(second)));
+  const auto store_both = [](Cell* at, __m512i first, __m512i second) {
+    _mm512_store_si512(at, in_turn(first, second));
+    _mm512_store_si512(at + kFold * kLanes, in_turn(upper(first), upper(second)));
   };
 #ifdef QDM_FLOATS
   store_both(to, (__m512i)low[0], (__m512i)low[1]);
