@@ -145,6 +145,19 @@ def test_convolution(draw, shape: tuple[int, ...], kernel: tuple[int, ...], keys
             assert a.numel() == 0 or a.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(("height", "width"), [(12, 1), (40, 1), (7, 6), (33, 9)])
+@pytest.mark.parametrize("filters", [32, 1280])
+def test_images_in_parts_smaller_than_a_block(draw, height: int, width: int, filters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few rows stay in the cache, and whether weights or images are the larger load. Stride (2, 2) is not transformed anywhere."""
+    monkeypatch.setattr(tiles, "CACHED", 1)
+    w, x = draw((filters, 64, 3, 3)), draw((3, 64, height, width)).contiguous(memory_format=torch.channels_last)
+    scale, bias = vectors(filters)
+    for stride in ((1, 1), (2, 2)):
+        keys = {"stride": stride, "padding": (1, 1)}
+        layers = [conv2d_op.prepare(w, scale, torch.zeros(filters, dtype=torch.int32), bias, **keys, backend=name) for name in ("cpu", "reference")]
+        assert torch.equal(*(conv2d_op.accumulate(x, torch.tensor(9), layer) for layer in layers))
+
+
 @pytest.mark.skipif(tiles.kind() != "avx2", reason="3x3 convolutions are transformed in AVX2 alone")
 @pytest.mark.parametrize("channels", [16, 48, 224])
 def test_few_channels_are_transformed_too(draw, channels: int) -> None:

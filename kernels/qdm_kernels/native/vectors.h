@@ -89,7 +89,7 @@ void multiply_part(const QdmProduct& product, Range images, Range outputs, Range
 // The size of a part of an image's outputs, of about `most`: whole blocks, and parts of one size.
 template <class Way>
 int64_t equal_part(int64_t outputs, int64_t most) {
-  const int64_t parts = (outputs + most - 1) / std::max(most, Way::kBlock);
+  const int64_t size = std::max(most, Way::kBlock), parts = std::max<int64_t>((outputs + size - 1) / size, 1);
   return up_to(up_to(outputs, parts) / parts, Way::kBlock);
 }
 

@@ -40,7 +40,7 @@ def known(layer: PackedLayer, x: Tensor) -> Tensor | None:
 
     Asking costs as much as a small layer: one image through the builtin model takes 8.6 ms with it and 7.0 without, 6.5 in float32.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not layer._operands:
         return None
     operands = layer._operands.get((x.shape, x.dtype, x.device))
     return None if operands is None or torch.is_autocast_enabled("cpu") else _product(layer, x, operands)
