@@ -151,10 +151,10 @@ def test_images_in_parts_smaller_than_a_block(draw, height: int, width: int, fil
     """However few rows stay in the cache, and whether weights or images are the larger load. Stride (2, 2) is not transformed anywhere."""
     monkeypatch.setattr(tiles, "CACHED", 1)
     w, x = draw((filters, 64, 3, 3)), draw((3, 64, height, width)).contiguous(memory_format=torch.channels_last)
-    scale, bias = vectors(filters)
+    (scale, bias), zero = vectors(filters), torch.zeros(filters, dtype=torch.int32)
     for stride in ((1, 1), (2, 2)):
         keys = {"stride": stride, "padding": (1, 1)}
-        layers = [conv2d_op.prepare(w, scale, torch.zeros(filters, dtype=torch.int32), bias, **keys, backend=name) for name in ("cpu", "reference")]
+        layers = [conv2d_op.prepare(w, scale, zero, bias, **keys, backend=name) for name in ("cpu", "reference")]
         assert torch.equal(*(conv2d_op.accumulate(x, torch.tensor(9), layer) for layer in layers))
 
 
