@@ -89,6 +89,11 @@ def test_every_refusal_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert op.why_not(*[long.bfloat16()] * 3) is None
     assert op.why_not(long, long[:, :, :77], long[:, :, :77]) is None
     assert "below 16" in (op.why_not(long, long[:, :, :5], long[:, :, :5]) or "")
+    monkeypatch.setattr(native, "products", lambda: Products.VECTORS)
+    assert "below 256" in (op.why_not(long, long[:, :, :77], long[:, :, :77]) or "")
+    monkeypatch.setattr(op, "has_tiles", lambda: False)
+    assert op.why_not(long, long[:, :, :77], long[:, :, :77]) is None
+    assert "below 16" in (op.why_not(long, long[:, :, :5], long[:, :, :5]) or "")
     monkeypatch.setattr(op, "why_not_cpu", lambda: "no native bf16")
     assert op.why_not(long, long, long) == "no native bf16"
     monkeypatch.setattr(native, "products", lambda: Products.FLOATS)

@@ -186,6 +186,18 @@ def test_codes_are_those_of_the_output(shape, zero, code_dtype, size, with_gain,
     assert (off != 0).float().mean() < (0.15 if dtype == torch.bfloat16 else 1e-3)
 
 
+@pytest.mark.parametrize("code_dtype", [torch.int8, torch.uint8], ids=str)
+def test_codes_where_torchs_kernel_serves(code_dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX2 alone, and norms that do not bound the scores."""
+    monkeypatch.setattr(native, "_library", lambda kind: None)
+    q, k, v = drawn((2, 3, 17, 30, 40))
+    gain = torch.rand(120) + 0.5
+    got = native._in_float32(q, k, v, 0.2, native.Codes(Grid(50.0, 7), gain, code_dtype)).transpose(1, 2).flatten(2)
+    values = native._in_float32(q, k, v, 0.2, None).transpose(1, 2).flatten(2)
+    want = reference.quantize(values * gain, torch.tensor(0.02), torch.tensor(7), 8).int()
+    assert torch.equal(got.int() - (128 if code_dtype == torch.uint8 else 0), want)
+
+
 def test_torchs_own_products_survive_it(kind) -> None:
     """oneDNN keeps a tile configuration of its own in the same threads."""
     a, b = draw(256, 256).bfloat16(), draw(256, 256, seed=1).bfloat16()

@@ -212,16 +212,7 @@ void attend(const View<const T>& q, const Output<T>& out, int64_t b, int64_t h, 
       add_values(weights, values, sums, s.width, steps * kLanes);
     }
   }
-  for (int r = 0; r < rows; ++r) {
-    const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(own.totals.get() + r * kLanes)));
-    for (int64_t c = 0; c < s.width; c += kLanes) {
-      const __m512 y = _mm512_mul_ps(_mm512_load_ps(own.sums.get() + r * width + c), share);
-      if (out.codes)
-        out.store_codes(b, h, first + r, c, (qdm::Floats)y, s.width - c);
-      else
-        store(out.row(b, h, first + r) + c, y, s.width - c);
-    }
-  }
+  for (int r = 0; r < rows; ++r) put(own.sums.get() + r * width, own.totals.get() + r * kLanes, out, b, h, first + r);
 }
 
 template <typename T>

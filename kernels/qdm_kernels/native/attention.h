@@ -128,6 +128,19 @@ inline void fetch(const T* row, int64_t width) {
   for (int64_t c = 0; c < width; c += 64 / sizeof(T)) _mm_prefetch(reinterpret_cast<const char*>(row + c), _MM_HINT_T1);
 }
 
+// Sums of query i over their total, to where outputs go.
+template <typename T>
+void put(const float* sums, const float* totals, const Output<T>& out, int64_t b, int64_t h, int64_t i) {
+  const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(totals)));
+  for (int64_t c = 0; c < out.width; c += kLanes) {
+    const __m512 y = _mm512_mul_ps(_mm512_load_ps(sums + c), share);
+    if (out.codes)
+      out.store_codes(b, h, i, c, (qdm::Floats)y, out.width - c);
+    else
+      store(out.row(b, h, i) + c, y, out.width - c);
+  }
+}
+
 // The mean of some keys: weights do not change with a common part of all keys, and what is left loses less to rounding. Zeros unless
 // `rounded`.
 template <typename T>

@@ -80,7 +80,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | No
     sizes = (ctypes.c_int64 * 5)(batch, heads, length, k.shape[2], width)
     by = (ctypes.c_int64 * 12)(*(step for t in (q, k, v, out) for step in t.stride()[:3]))
     gain = None if codes is None or codes.gain is None else codes.gain.float().contiguous()
-    target = None if codes is None else ctypes.byref(_structure(codes, gain))
+    target = None if codes is None else ctypes.byref(_Codes(*codes.grid.arguments(out)[:4], None if gain is None else gain.data_ptr()))
     call = getattr(library_, f"qdm_attention_{_KINDS[q.dtype]}")
     result = call(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), sizes, by, scale, torch.get_num_threads(), target)
     if result == _UNBOUNDED:
@@ -88,11 +88,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | No
     if result:
         raise MemoryError("attention: no memory for packed keys and values")
     return out
-
-
-def _structure(codes: Codes, gain: Tensor | None) -> _Codes:
-    grid, flip = codes.grid, 0x80 if codes.dtype == torch.uint8 else 0
-    return _Codes(grid.inverse, grid.zero_point, grid.bits, flip, None if gain is None else gain.data_ptr())
 
 
 def _in_float32(q: Tensor, k: Tensor, v: Tensor, scale: float, codes: Codes | None) -> Tensor:
