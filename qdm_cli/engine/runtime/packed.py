@@ -226,6 +226,7 @@ class PackedLayer(nn.Module):
         """Whatever the layer keeps in memory; several may share a storage."""
         form = self._form
         extra = [] if form is None else [form.weight, form.bias, form.zero, *(form.prepared.tensors if form.prepared else ())]
+        extra += [held for operands in self._operands.values() for held in operands]
         return [held for held in [*self.buffers(), *extra, self._plain, self._floats, self._row_sums] if held is not None]
 
     def load_buffer_(self, name: str, value: Tensor) -> None:
