@@ -15,7 +15,8 @@ from qdm_cli.engine.runtime.fused import FUSED, fuse_blocks_
 from qdm_cli.engine.runtime.modules import pack_denoiser_
 from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.tune import tune_
-from qdm_kernels.native import build
+from qdm_kernels.native import attention as native_attention
+from qdm_kernels.native import build, tiles
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,29 @@ def test_norms_before_attention_go_straight_to_codes(packed, monkeypatch: pytest
     assert len(seen) == 1
     for one, other in zip(plain, again, strict=True):
         assert (one - other).norm() <= 2e-3 * other.norm()
+
+
+@torch.no_grad()
+@pytest.mark.skipif(tiles.why_not() is not None, reason=str(tiles.why_not()))
+@pytest.mark.skipif(native_attention.products() is native_attention.Products.NONE, reason="no compiled attention here")
+@pytest.mark.parametrize("with_factors", [False, True], ids=["", "factors per input"])
+def test_attention_goes_straight_to_the_codes_of_its_projection(packed, with_factors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = copy.deepcopy(packed[0])
+    tune_(unet, "auto")
+    block = next(block for block in unet.modules() if type(block) is fused.FusedBasicTransformerBlock)
+    last, width = block.attn1.to_out[0], block.attn1.to_q.spec.inputs
+    if with_factors:
+        last._buffers["pre_scale"] = torch.rand(last.spec.inputs, generator=torch.Generator().manual_seed(1)) + 0.5
+    monkeypatch.setattr(fused.attention_op, "why_not", lambda q, k, v: None)
+    monkeypatch.setattr(fused.attention_op, "_implementation", lambda *_: native_attention.attention)
+    made: list[Tensor | None] = []
+    real = fused.attention_op.codes
+    monkeypatch.setattr(fused.attention_op, "codes", lambda *args: made.append(real(*args)) or made[-1])
+    x = torch.randn(2, 64, width, generator=torch.Generator().manual_seed(0))
+    got = fused._attend(block.attn1, block.norm1, x, None)
+    assert made[0] is not None
+    assert made[0].dtype == last.prepared.code_dtype
+    monkeypatch.setattr(fused.attention_op, "codes", lambda *args: None)
+    want = fused._attend(block.attn1, block.norm1, x, None)
+    assert (got - want).norm() <= 2e-3 * (want - x).norm()
+    assert not torch.equal(want, x)
