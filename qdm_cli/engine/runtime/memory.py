@@ -7,7 +7,7 @@ import functools
 import os
 import platform
 
-KEPT_BYTES = 1 << 30  # of freed memory; what layers of a U-Net at 64x64 free takes a tenth of it
+KEPT_BYTES = 1 << 30  # of freed memory; one call of an SD1.5-shaped U-Net, batch 2, took 160 MB of it anew
 LARGEST_BYTES = 32 << 20  # of a tensor that takes freed memory: the most that glibc allows
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_* of malloc.h
 _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
@@ -17,9 +17,9 @@ _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNA
 def keep_freed_memory() -> str | None:
     """Let glibc keep up to KEPT_BYTES of freed memory in this process, once; returns why it does not, None = it does.
 
-    glibc gives large freed blocks back to the system, which clears every page before the next layer may write to it: 18,000 to 40,000 page
-    faults in one call of an SD1.5-shaped U-Net, 3 to 6 % of its time on two cores of an EPYC with AVX512-VNNI, 13 faults with this. Whoever
-    has set malloc's own variables, or QDM_KEEP_MEMORY=0, decides.
+    glibc gives large freed blocks back to the system, which clears every page before the next layer may write to it: 8,000 to 40,000 page
+    faults in one call of an SD1.5-shaped U-Net, 1 to 6 % of its time on two cores of an EPYC with AVX512-VNNI; 1,600 at most with this.
+    Whoever has set malloc's own variables, or QDM_KEEP_MEMORY=0, decides.
     """
     if os.environ.get("QDM_KEEP_MEMORY", "1") == "0":
         return "QDM_KEEP_MEMORY=0"
