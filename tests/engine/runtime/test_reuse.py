@@ -222,6 +222,8 @@ def test_what_float_layers_multiply_with_is_kept_and_dropped(original: nn.Module
     with in_mode(layer, "auto"):
         first = layer(x)
         assert layer._operands
+        kept = [held for operands in layer._operands.values() for held in operands if held is not None]
+        assert all(any(held is own for held in layer.held_tensors()) for own in kept)
         assert torch.equal(layer(x), first)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(layer(x), first)
