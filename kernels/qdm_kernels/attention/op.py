@@ -15,6 +15,7 @@ from qdm_kernels.prepared import integer_op
 SHORTEST = 1024  # queries and keys; below, torch's kernel keeps all scores in the cache
 SHORTEST_TILED = 256  # where AMX multiplies in torch's kernel
 SHORTEST_NATIVE = 16  # where the compiled one multiplies bf16, in AMX or, without it, in AVX512 (1.8 to 4.7x from 64 keys and queries on)
+SHORTEST_BYTES = 256  # in 8 bits
 SHORTEST_FLOATS = 512  # where that has neither tiles nor bf16
 # In AVX2, fixed point: 77 keys of a prompt pay (1.4 to 1.7x at 256 to 4096 queries), 64 keys and queries of width 160 do not (0.8 to 1.0x).
 SHORTEST_NARROW = 77
@@ -82,8 +83,15 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return "gradients" if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)) else None
 
 
+def bytes_pay(q: Tensor, k: Tensor) -> bool:
+    """Are products in 8 bits the fastest ones for these lengths? QDM_ATTENTION_BITS=16 says that they are not wanted."""
+    if os.environ.get("QDM_ATTENTION_BITS", "8") != "8" or native.products() not in (Products.VECTORS, Products.SHORTS) or has_tiles():
+        return False
+    return native.in_bytes() and min(q.shape[2], k.shape[2]) >= SHORTEST_BYTES
+
+
 @integer_op
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, eight_bit: bool = False) -> Tensor:
     """q [B, H, L, d], k, v [B, H, S, d] float -> [B, H, L, d], the dtype of q. scale: None = 1 / sqrt(d).
 
     Products in bfloat16 with float32 sums, weights rounded to bfloat16, without a compiler scores too. ValueError: other shapes, no keys.
@@ -91,16 +99,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.shape != v.shape or q.shape[3] != k.shape[3] or k.shape[2] == 0:
         raise ValueError(f"q [B, H, L, d] and k, v [B, H, S > 0, d], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _implementation(q, k, v, scale)(q, k, v, scale)
+    implementation = _implementation(q, k, v, scale)
+    if eight_bit and implementation is native.attention and bytes_pay(q, k):
+        return native.attention(q, k, v, scale, Products.BYTES)
+    return implementation(q, k, v, scale)
 
 
 @integer_op
-def codes(q: Tensor, k: Tensor, v: Tensor, to: Codes) -> Tensor | None:
+def codes(q: Tensor, k: Tensor, v: Tensor, to: Codes, *, eight_bit: bool = False) -> Tensor | None:
     """Codes of `attention` [B, L, H * d], as the layer that follows reads them, in one pass; None = no compiled loop is the faster one."""
     scale = q.shape[-1] ** -0.5
     if why_not(q, k, v) is not None or _implementation(q, k, v, scale) is not native.attention:
         return None
-    return native.attention(q, k, v, scale, codes=to).transpose(1, 2).flatten(2)
+    kind = Products.BYTES if eight_bit and bytes_pay(q, k) else None
+    return native.attention(q, k, v, scale, kind, to).transpose(1, 2).flatten(2)
 
 
 def _implementation(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:

@@ -1,4 +1,4 @@
-"""`attention.cpp`, `attention_short.cpp` and `attention_narrow.cpp` on tensors."""
+"""`attention.cpp`, `attention_short.cpp`, `attention_narrow.cpp` and `attention_bytes.cpp` on tensors."""
 
 import ctypes
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class Products(IntEnum):
-    """What multiplies, slowest first."""
+    """What multiplies, slowest first but for BYTES, which a caller asks for."""
 
     NONE = 0
     FLOATS = 1
@@ -26,6 +26,7 @@ class Products(IntEnum):
     SHORTS = 3  # fixed point, in AVX512-VNNI
     VECTORS = 4
     TILES = 5
+    BYTES = 6  # 8-bit, in AVX512-VNNI
 
 
 LIBRARIES = {  # best first: the source and its options
@@ -34,14 +35,20 @@ LIBRARIES = {  # best first: the source and its options
     Products.SHORTS: ("attention_short",),
     Products.NARROW: ("attention_narrow",),
     Products.FLOATS: ("attention", "-DQDM_FLOATS"),
+    Products.BYTES: ("attention_bytes",),
 }
-_UNBOUNDED = 2  # what a call returns that SHORTS and NARROW do not compute
+_UNBOUNDED = 2  # what a call returns that BYTES, SHORTS and NARROW do not compute
 
 
 @cache
 def products() -> Products:
     """What the native loop multiplies with on this machine: AMX tiles where the system grants them, else what AVX512 has."""
-    return next((kind for kind in LIBRARIES if _library(kind) is not None), Products.NONE)
+    return next((kind for kind in LIBRARIES if kind is not Products.BYTES and _library(kind) is not None), Products.NONE)
+
+
+def in_bytes() -> bool:
+    """Does BYTES run here?"""
+    return _library(Products.BYTES) is not None
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | No
     call = getattr(library_, f"qdm_attention_{_KINDS[q.dtype]}")
     result = call(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), sizes, by, scale, torch.get_num_threads(), target)
     if result == _UNBOUNDED:
-        return _in_float32(q, k, v, scale, codes)
+        return attention(q, k, v, scale, None, codes) if kind is Products.BYTES else _in_float32(q, k, v, scale, codes)
     if result:
         raise MemoryError("attention: no memory for packed keys and values")
     return out

@@ -179,13 +179,19 @@ def _is_plain(attn: nn.Module) -> bool:
 def _attend(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> Tensor:
     """x + attention of norm(x), [B, L, C], to itself or to a context [B, S, C'] -> a tensor of its own."""
     q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in _projections(attn, norm, x, context))
-    last = attn.to_out[0]
+    last, eight_bit = attn.to_out[0], context is None and _eight_bit(attn, x)
     if takes_codes(last, x) and _native(x, last) and last.prepared.strategy in tiles.STRATEGIES:
         to = Codes(cast(Grid, last.grid()), last._buffers["pre_scale"], last.prepared.code_dtype)
-        if (codes := attention_op.codes(q, k, v, to)) is not None:
+        if (codes := attention_op.codes(q, k, v, to, eight_bit=eight_bit)) is not None:
             return from_codes(last, codes, x, x)
-    product = attention_op.attention if attention_op.why_not(q, k, v) is None else nn.functional.scaled_dot_product_attention
-    return added(last, product(q, k, v).transpose(1, 2).flatten(2), x)
+    ours = attention_op.why_not(q, k, v) is None
+    y = attention_op.attention(q, k, v, eight_bit=eight_bit) if ours else nn.functional.scaled_dot_product_attention(q, k, v)
+    return added(last, y.transpose(1, 2).flatten(2), x)
+
+
+def _eight_bit(attn: nn.Module, x: Tensor) -> bool:
+    """Are queries, keys and values of x made from codes of at most 8 bits? Then their own products may be as coarse."""
+    return all(takes_codes(layer, x) for layer in (attn.to_q, attn.to_k, attn.to_v))
 
 
 def _projections(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:

@@ -62,6 +62,9 @@ EMULATED_HALVES(__m512, fmsub, _mm256_fmsub_ps, (__m512 a, __m512 b, __m512 c), 
 EMULATED_HALVES(__m512, max, _mm256_max_ps, (__m512 a, __m512 b), half(a, i), half(b, i))
 EMULATED_HALVES(__m512i, rounded, _mm256_cvtps_epi32, (__m512 v), half(v, i))
 EMULATED_HALVES(__m512i, madd, _mm256_madd_epi16, (__m512i a, __m512i b), half(a, i), half(b, i))
+EMULATED_HALVES(__m512i, cut, _mm256_cvttps_epi32, (__m512 v), half(v, i))
+EMULATED_HALVES(__m512i, turned, _mm256_shuffle_epi8, (__m512i v, __m512i how), half(v, i), half(how, i))
+EMULATED_HALVES(__m512i, packus, _mm256_packus_epi16, (__m512i a, __m512i b), half(a, i), half(b, i))
 EMULATED_HALVES(__m512i, packs, _mm256_packs_epi32, (__m512i a, __m512i b), half(a, i), half(b, i))
 #undef EMULATED_HALVES
 
@@ -224,6 +227,7 @@ EMULATED __m512i gather(__m512i at, const void* from, int scale) {
 #undef _mm512_srli_epi32
 #define _mm256_mask_storeu_epi16 avx512::write_some<__m256i>
 #define _mm256_maskz_loadu_epi16 avx512::read_some<__m256i>
+#define _mm_mask_storeu_epi8 avx512::write_some<__m128i>
 #define _mm512_abs_ps avx512::size
 #define _mm512_add_epi32 avx512::add_ints
 #define _mm512_add_ps avx512::add
@@ -238,6 +242,7 @@ EMULATED __m512i gather(__m512i at, const void* from, int scale) {
 #define _mm512_cvtepu16_epi32 avx512::from_shorts
 #define _mm512_cvtps_epi32 avx512::rounded
 #define _mm512_cvtss_f32 avx512::first
+#define _mm512_cvttps_epi32 avx512::cut
 #define _mm512_dpbusd_epi32 avx512::add_bytes
 #define _mm512_dpwssd_epi32 avx512::add_pairs
 #define _mm512_fmadd_ps avx512::fmadd
@@ -263,6 +268,7 @@ EMULATED __m512i gather(__m512i at, const void* from, int scale) {
 #define _mm512_mullo_epi32 avx512::mul_ints
 #define _mm512_or_si512 avx512::either
 #define _mm512_packs_epi32 avx512::packs
+#define _mm512_packus_epi16 avx512::packus
 #define _mm512_rcp14_ps avx512::reciprocal
 #define _mm512_reduce_add_epi32 avx512::total
 #define _mm512_reduce_add_ps avx512::total
@@ -275,6 +281,7 @@ EMULATED __m512i gather(__m512i at, const void* from, int scale) {
 #define _mm512_set_epi32 avx512::listed
 #define _mm512_setzero_ps avx512::zeros
 #define _mm512_setzero_si512 avx512::no_ints
+#define _mm512_shuffle_epi8 avx512::turned
 #define _mm512_slli_epi32 avx512::left
 #define _mm512_srli_epi32 avx512::right
 #define _mm512_store_ps avx512::store
