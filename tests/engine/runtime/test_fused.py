@@ -124,12 +124,46 @@ def test_attention_goes_straight_to_the_codes_of_its_projection(packed, with_fac
     monkeypatch.setattr(fused.attention_op, "_implementation", lambda *_: native_attention.attention)
     made: list[Tensor | None] = []
     real = fused.attention_op.codes
-    monkeypatch.setattr(fused.attention_op, "codes", lambda *args: made.append(real(*args)) or made[-1])
+    monkeypatch.setattr(fused.attention_op, "codes", lambda *args, **kwargs: made.append(real(*args, **kwargs)) or made[-1])
     x = torch.randn(2, 64, width, generator=torch.Generator().manual_seed(0))
     got = fused._attend(block.attn1, block.norm1, x, None)
     assert made[0] is not None
     assert made[0].dtype == last.prepared.code_dtype
-    monkeypatch.setattr(fused.attention_op, "codes", lambda *args: None)
+    monkeypatch.setattr(fused.attention_op, "codes", lambda *args, **kwargs: None)
     want = fused._attend(block.attn1, block.norm1, x, None)
     assert (got - want).norm() <= 2e-3 * (want - x).norm()
     assert not torch.equal(want, x)
+
+
+@torch.no_grad()
+def test_products_are_as_coarse_as_what_they_multiply(packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-attention of 8-bit layers in 8 bits; not that to a prompt, nor where one of the layers runs in floating point."""
+    unet, call = copy.deepcopy(packed[0]), packed[1]
+    tune_(unet, "auto")
+    block = next(block for block in unet.modules() if type(block) is fused.FusedBasicTransformerBlock)
+    asked: list[bool] = []
+    monkeypatch.setattr(fused.attention_op, "why_not", lambda q, k, v: None)
+    monkeypatch.setattr(fused.attention_op, "codes", lambda *args, eight_bit: asked.append(eight_bit))
+    x = torch.randn(2, 64, block.attn1.to_q.spec.inputs, generator=torch.Generator().manual_seed(0))
+    fused._attend(block.attn1, block.norm1, x, None)
+    fused._attend(block.attn2, block.norm2, x, call["encoder_hidden_states"])
+    plain = nn.Linear(block.attn1.to_v.spec.inputs, block.attn1.to_v.spec.outputs)
+    block.attn1.to_v = plain
+    fused._attend(block.attn1, block.norm1, x, None)
+    assert asked == [True, False, False] if tiles.why_not() is None else not any(asked)
+
+
+@torch.no_grad()
+def test_products_in_8_bits_stay_close(packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = copy.deepcopy(packed[0])
+    tune_(unet, "auto")
+    block = next(block for block in unet.modules() if type(block) is fused.FusedBasicTransformerBlock)
+    x = torch.randn(1, 1024, block.attn1.to_q.spec.inputs, generator=torch.Generator().manual_seed(0))
+    q = torch.empty(1, 4, 1024, 16)
+    if fused.attention_op.why_not(q, q, q) is not None or not fused.attention_op.bytes_pay(q, q):
+        pytest.skip("no products in 8 bits here, or slower ones")
+    got = fused._attend(block.attn1, block.norm1, x, None)
+    monkeypatch.setenv("QDM_ATTENTION_BITS", "16")
+    want = fused._attend(block.attn1, block.norm1, x, None)
+    assert not torch.equal(got, want)
+    assert (got - want).norm() <= 0.03 * (want - x).norm()
