@@ -65,6 +65,7 @@ float pack_keys(const View<const T>& k, int64_t b, int64_t h, int64_t first, con
     for (int i = 0; i < kLanes; ++i) {
       __m512 low = _mm512_setzero_ps(), high = low;
       if (first + i < s.keys) {
+        if (c == 0) fetch(k.row(b, h, std::min(first + i + kAhead, s.keys - 1)), s.width);
         const T* from = k.row(b, h, first + i) + c;
         const int64_t left = s.width - c;
         low = _mm512_maskz_sub_ps(lanes(left), load(from, left), _mm512_load_ps(mean + c));
@@ -87,6 +88,7 @@ void pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, co
   for (int64_t c = 0; c < s.width; c += kLanes)
     for (int p = 0; p < kLanes; ++p, to += kFold * kLanes) {
       const int64_t key = first + kFold * p;
+      for (int i = 0; c == 0 && i < kFold; ++i) fetch(v.row(b, h, std::min(key + i + kAhead, s.keys - 1)), s.width);
       const __m512 even = key < s.keys ? load(v.row(b, h, key) + c, s.width - c) : _mm512_setzero_ps();
       const __m512 odd = kFold == 2 && key + 1 < s.keys ? load(v.row(b, h, key + 1) + c, s.width - c) : _mm512_setzero_ps();
       const __m512i both = pairs(even, odd);

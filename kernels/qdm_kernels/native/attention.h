@@ -82,6 +82,7 @@ namespace {
 
 constexpr int kLanes = 16;  // float32 values of a register, rows and columns of a tile
 constexpr int kRows = 32;   // queries of one product
+constexpr int kAhead = 16;  // rows that are asked for before they are packed
 constexpr int kKeys = 64;   // of one product: the scores of 32 queries take 8 KiB of the first-level cache
 
 inline __mmask16 lanes(int64_t count) {

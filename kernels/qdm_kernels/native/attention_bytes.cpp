@@ -13,7 +13,6 @@ namespace {
 constexpr int kGroup = 128;             // keys whose weights are scaled together
 constexpr int kBlock = 8;               // keys, or columns of values, of one product
 constexpr int kSides = kRows / kLanes;  // registers of queries side by side
-constexpr int kAhead = 16;              // rows that are asked for before they are read
 constexpr float kMost = 127.0f;         // of a code
 constexpr float kWeight = 7.99435344f;  // 255, the largest weight, as a power of two
 constexpr float kNoise = 0.2886751f;    // of a rounding, in steps: 1 / sqrt(12)
