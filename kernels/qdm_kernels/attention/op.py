@@ -15,8 +15,8 @@ from qdm_kernels.prepared import integer_op
 SHORTEST = 1024  # queries and keys; below, torch's kernel keeps all scores in the cache
 SHORTEST_TILED = 256  # where AMX multiplies in torch's kernel
 SHORTEST_NATIVE = 16  # where the compiled one multiplies bf16, in AMX or, without it, in AVX512 (1.8 to 4.7x from 64 keys and queries on)
-SHORTEST_BYTES = 512  # in 8 bits: 1.0 to 1.25x of bf16 at 256, 1.6x from 1,024 on
-SHORTEST_FLOATS = 512  # where that has neither tiles nor bf16
+SHORTEST_BYTES = {Products.VECTORS: 512, Products.SHORTS: 256}  # in 8 bits, beside what multiplies otherwise: 1.6x, 2.4x and more
+SHORTEST_FLOATS = 64  # where that has neither tiles nor bf16, in float32 (1.4 to 2.2x from 64 keys and queries on)
 # In AVX2, fixed point: 77 keys of a prompt pay (1.4 to 1.7x at 256 to 4096 queries), 64 keys and queries of width 160 do not (0.8 to 1.0x).
 SHORTEST_NARROW = 77
 _WITHOUT_BF16 = (Products.FLOATS, Products.NARROW, Products.SHORTS)
@@ -85,9 +85,10 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def bytes_pay(q: Tensor, k: Tensor) -> bool:
     """Are products in 8 bits the fastest ones for these lengths? QDM_ATTENTION_BITS=16 says that they are not wanted."""
-    if os.environ.get("QDM_ATTENTION_BITS", "8") != "8" or native.products() not in (Products.VECTORS, Products.SHORTS) or has_tiles():
+    if os.environ.get("QDM_ATTENTION_BITS", "8") != "8" or has_tiles() or not native.in_bytes():
         return False
-    return native.in_bytes() and min(q.shape[2], k.shape[2]) >= SHORTEST_BYTES
+    least = SHORTEST_BYTES.get(native.products())
+    return least is not None and min(q.shape[2], k.shape[2]) >= least
 
 
 @integer_op
