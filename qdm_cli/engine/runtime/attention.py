@@ -1,4 +1,4 @@
-"""Long self-attention on CPUs, inside the processors that diffusers already has."""
+"""Attention on CPUs, inside the processors that diffusers already has."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from qdm_cli.engine.quant.attention import CHILD
+from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_kernels.attention import op
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class _ChunkedAttention(TorchFunctionMode):
-    """Replaces `scaled_dot_product_attention` where the kernel is the faster one; all else passes."""
+    """Replaces `scaled_dot_product_attention` where the kernel is the faster one; all else passes. eight_bit: as `attention.op` has it."""
+
+    def __init__(self, *, eight_bit: bool):
+        super().__init__()
+        self.eight_bit = eight_bit
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -26,7 +31,9 @@ class _ChunkedAttention(TorchFunctionMode):
         named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
         q, k, v = (named[name] for name in _ARGUMENTS[:3])
         plain = named.get("attn_mask") is None and not any(named.get(name) for name in ("is_causal", "dropout_p", "enable_gqa"))
-        return op.attention(q, k, v, named.get("scale")) if plain and op.why_not(q, k, v) is None else func(*args, **kwargs)
+        if plain and op.why_not(q, k, v) is None:
+            return op.attention(q, k, v, named.get("scale"), eight_bit=self.eight_bit)
+        return func(*args, **kwargs)
 
 
 @functools.cache
@@ -36,9 +43,11 @@ def _faster(processor: type) -> type:
     class Faster(processor):  # type: ignore[misc, valid-type]
         @functools.wraps(processor.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or not _on_cpu(args, kwargs):  # inductor fuses its own; a mode costs every call on a GPU
+            attn, x, context = _inputs(*args, **kwargs)
+            # inductor fuses its own; a mode costs every call on a GPU
+            if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.device.type != "cpu":
                 return super().__call__(*args, **kwargs)
-            with _ChunkedAttention():
+            with _ChunkedAttention(eight_bit=context is None and from_codes(attn, x)):
                 return super().__call__(*args, **kwargs)
 
     Faster.__name__ = Faster.__qualname__ = processor.__name__
@@ -46,10 +55,17 @@ def _faster(processor: type) -> type:
     return Faster
 
 
-def _on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Does a processor's call read features that lie on a CPU? Its arguments are the attention, then the features."""
-    features = args[1] if len(args) > 1 else kwargs.get("hidden_states")
-    return isinstance(features, torch.Tensor) and features.device.type == "cpu"
+def _inputs(
+    attn: nn.Module, hidden_states: Any = None, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any
+) -> tuple[Any, Any, Any]:
+    """The attention, its features and its context among the arguments of a processor's call."""
+    return attn, hidden_states, encoder_hidden_states
+
+
+def from_codes(attn: nn.Module, x: Tensor) -> bool:
+    """Do queries, keys and values of x come from codes of at most 8 bits? Then their own products may be as coarse."""
+    layers = [getattr(attn, name, None) for name in ("to_q", "to_k", "to_v")]
+    return x.dim() == 3 and all(isinstance(layer, PackedLayer) and layer.choice(x).kernel == "integer" for layer in layers)
 
 
 def plain_processor(attention: nn.Module) -> type:

@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from qdm_cli.engine.quant.attention import CHILD
-from qdm_cli.engine.runtime.attention import plain_processor
+from qdm_cli.engine.runtime import attention
 from qdm_cli.engine.runtime.modules import Gated, PackedConv2d, PackedLinear
 from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import SharedInput
@@ -171,7 +171,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 
 def _is_plain(attn: nn.Module) -> bool:
     """Queries, keys and values of one width, one product, one projection: nothing that a processor of diffusers adds to that."""
-    own = plain_processor(attn) is AttnProcessor2_0
+    own = attention.plain_processor(attn) is AttnProcessor2_0
     extras = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
     return own and not hasattr(attn, CHILD) and not any(getattr(attn, name) for name in extras) and attn.rescale_output_factor == 1
 
@@ -179,7 +179,7 @@ def _is_plain(attn: nn.Module) -> bool:
 def _attend(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> Tensor:
     """x + attention of norm(x), [B, L, C], to itself or to a context [B, S, C'] -> a tensor of its own."""
     q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in _projections(attn, norm, x, context))
-    last, eight_bit = attn.to_out[0], context is None and _eight_bit(attn, x)
+    last, eight_bit = attn.to_out[0], context is None and attention.from_codes(attn, x)
     if takes_codes(last, x) and _native(x, last) and last.prepared.strategy in tiles.STRATEGIES:
         to = Codes(cast(Grid, last.grid()), last._buffers["pre_scale"], last.prepared.code_dtype)
         if (codes := attention_op.codes(q, k, v, to, eight_bit=eight_bit)) is not None:
@@ -187,11 +187,6 @@ def _attend(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | No
     ours = attention_op.why_not(q, k, v) is None
     y = attention_op.attention(q, k, v, eight_bit=eight_bit) if ours else nn.functional.scaled_dot_product_attention(q, k, v)
     return added(last, y.transpose(1, 2).flatten(2), x)
-
-
-def _eight_bit(attn: nn.Module, x: Tensor) -> bool:
-    """Are queries, keys and values of x made from codes of at most 8 bits? Then their own products may be as coarse."""
-    return all(takes_codes(layer, x) for layer in (attn.to_q, attn.to_k, attn.to_v))
 
 
 def _projections(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:

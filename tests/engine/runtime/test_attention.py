@@ -20,9 +20,9 @@ def native_bf16(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     real = op.attention
 
-    def watched(q, k, v, scale=None):
+    def watched(q, k, v, scale=None, *, eight_bit=False):
         shapes.append(tuple(q.shape))
-        return real(q, k, v, scale)
+        return real(q, k, v, scale, eight_bit=eight_bit)
 
     monkeypatch.setattr(op, "why_not_cpu", lambda: None)
     monkeypatch.setattr(op, "shortest", lambda: 16)

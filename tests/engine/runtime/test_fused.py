@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qdm_cli.engine.bench.denoisers import quantized_state, seeded_inputs
 from qdm_cli.engine.runtime import fused
+from qdm_cli.engine.runtime.attention import speed_up_attention_
 from qdm_cli.engine.runtime.fused import FUSED, fuse_blocks_
 from qdm_cli.engine.runtime.modules import pack_denoiser_
 from qdm_cli.engine.runtime.packed import PackedLayer
@@ -151,6 +152,26 @@ def test_products_are_as_coarse_as_what_they_multiply(packed, monkeypatch: pytes
     block.attn1.to_v = plain
     fused._attend(block.attn1, block.norm1, x, None)
     assert asked == [True, False, False] if tiles.why_not() is None else not any(asked)
+
+
+@torch.no_grad()
+def test_processors_of_diffusers_know_what_they_multiply(packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rule in attentions that no fused block computes."""
+    unet, call = copy.deepcopy(packed[0]), packed[1]
+    tune_(unet, "auto")
+    monkeypatch.setattr(fused.attention_op, "why_not_here", lambda: None)
+    speed_up_attention_(unet, enabled=True)
+    block = next(block for block in unet.modules() if type(block) is fused.FusedBasicTransformerBlock)
+    asked: list[bool] = []
+    monkeypatch.setattr(fused.attention_op, "why_not", lambda q, k, v: None)
+    monkeypatch.setattr(fused.attention_op, "attention", lambda q, k, v, scale, *, eight_bit: asked.append(eight_bit) or q)
+    x = torch.randn(2, 64, block.attn1.to_q.spec.inputs, generator=torch.Generator().manual_seed(0))
+    block.attn1(x)
+    block.attn1(x, None)
+    block.attn2(x, encoder_hidden_states=call["encoder_hidden_states"])
+    block.attn1.to_k = nn.Linear(block.attn1.to_v.spec.inputs, block.attn1.to_v.spec.outputs)
+    block.attn1(x)
+    assert asked == [True, True, False, False]
 
 
 @torch.no_grad()
