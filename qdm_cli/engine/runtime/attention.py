@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,40 +15,69 @@ from qdm_cli.engine.quant.attention import CHILD
 from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_kernels.attention import op
 
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+def product(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False, *, eight_bit: bool,
+) -> Tensor:  # fmt: skip
+    """`scaled_dot_product_attention`, by the kernel where it is the faster one. eight_bit: as `attention.op` has it."""
+    if attn_mask is None and not (dropout_p or is_causal or enable_gqa) and op.why_not(query, key, value) is None:
+        return op.attention(query, key, value, scale, eight_bit=eight_bit)
+    more = {"enable_gqa": True} if enable_gqa else {}
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
 
 
-class _ChunkedAttention(TorchFunctionMode):
-    """Replaces `scaled_dot_product_attention` where the kernel is the faster one; all else passes. eight_bit: as `attention.op` has it."""
+class _Functional:
+    """`torch.nn.functional` with `product` in it, for the code of a processor."""
+
+    def __init__(self, *, eight_bit: bool):
+        self.scaled_dot_product_attention = functools.partial(product, eight_bit=eight_bit)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
+
+
+class _Replaced(TorchFunctionMode):
+    """The same for code that calls it through other functions. Every operator inside passes by here, which small models feel."""
 
     def __init__(self, *, eight_bit: bool):
         super().__init__()
         self.eight_bit = eight_bit
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        q, k, v = (named[name] for name in _ARGUMENTS[:3])
-        plain = named.get("attn_mask") is None and not any(named.get(name) for name in ("is_causal", "dropout_p", "enable_gqa"))
-        if plain and op.why_not(q, k, v) is None:
-            return op.attention(q, k, v, named.get("scale"), eight_bit=self.eight_bit)
-        return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return product(*args, **(kwargs or {}), eight_bit=self.eight_bit)
+        return func(*args, **(kwargs or {}))
+
+
+def _rewired(call: Any, *, eight_bit: bool) -> Any:
+    """The function over a `torch.nn.functional` of its own; None = its code does not name the product, or is no plain function."""
+    if not isinstance(call, FunctionType) or hasattr(call, "__wrapped__") or call.__globals__.get("F") is not F:
+        return None
+    if not {"F", "scaled_dot_product_attention"} <= set(call.__code__.co_names):
+        return None
+    names = call.__globals__ | {"F": _Functional(eight_bit=eight_bit)}
+    made = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
+    made.__kwdefaults__ = call.__kwdefaults__
+    return made
 
 
 @functools.cache
 def _faster(processor: type) -> type:
     """The processor class with its attention product replaced; its signature stays, because diffusers filters arguments by it."""
+    rewired = [_rewired(processor.__call__, eight_bit=eight_bit) for eight_bit in (False, True)]
 
     class Faster(processor):  # type: ignore[misc, valid-type]
         @functools.wraps(processor.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             attn, x, context = _inputs(*args, **kwargs)
-            # inductor fuses its own; a mode costs every call on a GPU
+            # inductor fuses its own; GPUs have better ones
             if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.device.type != "cpu":
                 return super().__call__(*args, **kwargs)
-            with _ChunkedAttention(eight_bit=context is None and from_codes(attn, x)):
+            eight_bit = context is None and from_codes(attn, x)
+            if rewired[eight_bit] is not None:
+                return rewired[eight_bit](self, *args, **kwargs)
+            with _Replaced(eight_bit=eight_bit):
                 return super().__call__(*args, **kwargs)
 
     Faster.__name__ = Faster.__qualname__ = processor.__name__
