@@ -293,7 +293,7 @@ def test_where_bytes_are_too_coarse_others_serve(loud) -> None:
 @needs_bytes
 def test_only_who_asks_gets_bytes() -> None:
     assert native.products() is not Products.BYTES
-    q, k, v = drawn((1, 2, 512, 512, 40))
+    q, k, v = drawn((1, 2, 1024, 1024, 40))
     exact = op.attention(q, k, v)
     assert error(exact, q, k, v, 40**-0.5) <= 0.005
     if op.bytes_pay(q, k):
@@ -305,7 +305,7 @@ def test_only_who_asks_gets_bytes() -> None:
 
 def test_a_variable_keeps_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QDM_ATTENTION_BITS", "16")
-    q, k, v = drawn((1, 2, 512, 512, 40))
+    q, k, v = drawn((1, 2, 1024, 1024, 40))
     assert not op.bytes_pay(q, k)
     assert torch.equal(op.attention(q, k, v, eight_bit=True), op.attention(q, k, v))
 

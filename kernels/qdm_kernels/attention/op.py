@@ -15,7 +15,7 @@ from qdm_kernels.prepared import integer_op
 SHORTEST = 1024  # queries and keys; below, torch's kernel keeps all scores in the cache
 SHORTEST_TILED = 256  # where AMX multiplies in torch's kernel
 SHORTEST_NATIVE = 16  # where the compiled one multiplies bf16, in AMX or, without it, in AVX512 (1.8 to 4.7x from 64 keys and queries on)
-SHORTEST_BYTES = {Products.VECTORS: 512, Products.SHORTS: 256}  # in 8 bits, beside what multiplies otherwise: 1.6x, 2.4x and more
+SHORTEST_BYTES = {Products.VECTORS: 1024, Products.SHORTS: 256}  # in 8 bits, beside what multiplies otherwise: 1.6x and 2.2x there
 SHORTEST_FLOATS = 64  # where that has neither tiles nor bf16, in float32 (1.4 to 2.2x from 64 keys and queries on)
 # In AVX2, fixed point: 77 keys of a prompt pay (1.4 to 1.7x at 256 to 4096 queries), 64 keys and queries of width 160 do not (0.8 to 1.0x).
 SHORTEST_NARROW = 77
