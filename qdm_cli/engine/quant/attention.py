@@ -3,8 +3,9 @@
     S = softmax(Q_hat K_hat^T * scale + mask),    output = S_hat V_hat
 
 Q, K and V have one scale and zero point per tensor; probabilities are unsigned with zero point 0 and a width of their own. Simulated:
-rounded floats are multiplied, no integer kernel runs. It replaces `scaled_dot_product_attention` inside the attention module, so that
-every processor of diffusers that calls it keeps its own arguments.
+rounded floats are multiplied, no integer kernel runs, and all probabilities lie in memory at once. An exported model does so in mode
+`exact`; mode `auto` multiplies queries, keys and values as they come, as layers do that are faster in floating point. It replaces
+`scaled_dot_product_attention` inside the attention module, so that every processor of diffusers that calls it keeps its own arguments.
 """
 
 from __future__ import annotations
@@ -78,9 +79,10 @@ class AttentionProducts(nn.Module):
     """Tables of one attention module.
 
     Buffers: scales [R, 3] f32 and zero_points [R, 3] int8 of Q, K, V; softmax_scale [R] f32, or None with float probabilities;
-    softmax_log2 [R] int8, or None where no row is logarithmic.
+    softmax_log2 [R] int8, or None where no row is logarithmic. simulated: False = the tables are there, and nothing is rounded.
     """
 
+    simulated: bool
     scales: torch.Tensor
     zero_points: torch.Tensor
 
@@ -89,6 +91,7 @@ class AttentionProducts(nn.Module):
         self.decision = decision
         self.step = StepContext()
         self.calls = 0
+        self.simulated = True
         self.register_buffer("scales", torch.ones(rows, 3, device=device))
         self.register_buffer("zero_points", torch.zeros(rows, 3, dtype=torch.int8, device=device))
         self.register_buffer("softmax_scale", None if decision.softmax_bits is None else torch.ones(rows, device=device))
@@ -197,8 +200,16 @@ def attach_products_(module: nn.Module, products: AttentionProducts) -> None:
     module.forward = MethodType(_quantized_forward, module)
 
 
+def simulates(module: nn.Module) -> bool:
+    """Does this attention round what it multiplies?"""
+    products = module._modules.get(CHILD)
+    return products is not None and cast(AttentionProducts, products).simulated
+
+
 def _quantized_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     products = cast(AttentionProducts, module.get_submodule(CHILD))
+    if not products.simulated:
+        return type(module).forward(module, *args, **kwargs)
     before = products.calls
     with _Replaced(products.attend):
         output = type(module).forward(module, *args, **kwargs)

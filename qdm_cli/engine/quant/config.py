@@ -107,7 +107,8 @@ class AutoBits(Spec):
 
 
 class AttentionPolicy(Spec):
-    """Quantization of the two products inside every attention. Simulated: no integer kernel runs them, so they gain no speed."""
+    """Quantization of the two products inside every attention. Simulated: no integer kernel runs them, so they gain no speed, and an
+    exported model in mode auto leaves their operands as they come."""
 
     bits: Bits = 8
     """Bits of queries, keys and values, one scale each per attention."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qdm_cli.engine.quant.attention import CHILD
+from qdm_cli.engine.quant.attention import simulates
 from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_kernels.attention import op
 
@@ -112,13 +112,13 @@ def speed_up_attention_(denoiser: nn.Module, *, enabled: bool) -> int:
     count = 0
     for module in denoiser.modules():
         processor = getattr(module, "processor", None)
-        # quantized products replace the same call and must see it first
-        if processor is None or isinstance(processor, nn.Module) or hasattr(module, CHILD):
+        if processor is None or isinstance(processor, nn.Module):
             continue
         original = getattr(type(processor), "original", None)
-        if enabled and original is None and op.why_not_here() is None:
+        simulated = simulates(module)  # replaces the same call, and must see it
+        if enabled and original is None and not simulated and op.why_not_here() is None:
             processor.__class__ = _faster(type(processor))  # type: ignore[arg-type]
-        elif not enabled and original is not None:
+        elif original is not None and (simulated or not enabled):
             processor.__class__ = original
         count += hasattr(type(processor), "original")
     return count

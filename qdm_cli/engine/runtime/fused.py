@@ -17,7 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from qdm_cli.engine.quant.attention import CHILD
+from qdm_cli.engine.quant.attention import simulates
 from qdm_cli.engine.runtime import attention
 from qdm_cli.engine.runtime.modules import Gated, PackedConv2d, PackedLinear
 from qdm_cli.engine.runtime.packed import PackedLayer
@@ -173,7 +173,7 @@ def _is_plain(attn: nn.Module) -> bool:
     """Queries, keys and values of one width, one product, one projection: nothing that a processor of diffusers adds to that."""
     own = attention.plain_processor(attn) is AttnProcessor2_0
     extras = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
-    return own and not hasattr(attn, CHILD) and not any(getattr(attn, name) for name in extras) and attn.rescale_output_factor == 1
+    return own and not simulates(attn) and not any(getattr(attn, name) for name in extras) and attn.rescale_output_factor == 1
 
 
 def _attend(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> Tensor:

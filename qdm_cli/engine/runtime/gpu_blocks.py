@@ -24,7 +24,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdm_cli.engine.quant.attention import CHILD
+from qdm_cli.engine.quant.attention import simulates
 from qdm_cli.engine.runtime import gpu
 from qdm_cli.engine.runtime import gpu_fused as fused
 from qdm_cli.engine.runtime.attention import plain_processor
@@ -238,14 +238,14 @@ def _modulations(norm: AdaLayerNormZero, embedding: Tensor) -> tuple[Any, Any, A
 def _reader(attn: nn.Module, name: str = "to_q") -> nn.Module | None:
     """The layer whose codes queries, keys and values all read; None = they do not agree."""
     layer = getattr(attn, name)
-    return layer if isinstance(getattr(layer, "reuse", None), SharedInput) and not hasattr(attn, CHILD) else None
+    return layer if isinstance(getattr(layer, "reuse", None), SharedInput) and not simulates(attn) else None
 
 
 def _plain_attention(attn: Attention) -> bool:
     """Is it softmax(q k) v and nothing else?"""
     extras = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross or None)
     plain = all(one is None for one in extras) and not attn.residual_connection and attn.rescale_output_factor == 1
-    return plain_processor(attn) is AttnProcessor2_0 and plain and not hasattr(attn, CHILD) and unhooked(attn)
+    return plain_processor(attn) is AttnProcessor2_0 and plain and not simulates(attn) and unhooked(attn)
 
 
 def _plain_mlp(mlp: FeedForward) -> bool:
@@ -292,7 +292,7 @@ def _heads(attn: FluxAttention, names: tuple[str, str, str], x: Tensor) -> tuple
 
 def _plain_flux_attention(attn: FluxAttention, with_text: bool, device: torch.device) -> bool:
     """Is all of it RMSNorm on this device, rotation and softmax(q k) v, with nobody watching?"""
-    if (attn.added_kv_proj_dim is not None) != with_text or attn.fused_projections or hasattr(attn, CHILD):
+    if (attn.added_kv_proj_dim is not None) != with_text or attn.fused_projections or simulates(attn):
         return False
     pairs = [(attn.norm_q, attn.norm_k), *([(attn.norm_added_q, attn.norm_added_k)] if with_text else [])]
     norms, after = [norm for pair in pairs for norm in pair], list(getattr(attn, "to_out", ()))[1:]

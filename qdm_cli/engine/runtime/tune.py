@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qdm_cli.engine.models.roles import layer_roles
+from qdm_cli.engine.quant.attention import AttentionProducts
 from qdm_cli.engine.runtime import gpu
 from qdm_cli.engine.runtime.attention import speed_up_attention_
 from qdm_cli.engine.runtime.choice import Mode
@@ -20,7 +21,7 @@ from qdm_cli.engine.runtime.reuse import share_inputs_
 def tune_(denoiser: nn.Module, mode: Mode) -> None:
     """Set how the layers of a denoiser choose their arithmetic, share what they compute twice, and lay images out as kernels read them.
 
-    Results of `exact` do not depend on the machine; `auto` may take float kernels and bf16 attention where those are faster.
+    Results of `exact` do not depend on the machine; `auto` may take float kernels and attention of its own where those are faster.
     """
     # subclasses of diffusers, whose import registers qdm, which imports this file
     from qdm_cli.engine.runtime.fused import fuse_blocks_
@@ -32,6 +33,8 @@ def tune_(denoiser: nn.Module, mode: Mode) -> None:
         if isinstance(layer, PackedLayer):
             layer.set_mode_(mode)
             layer.place_(few_rows=name in few, dtype=dtype)
+        elif isinstance(layer, AttentionProducts):
+            layer.simulated = mode == "exact"
     share_inputs_(denoiser)
     for layer in denoiser.modules():
         if isinstance(layer, PackedLayer):

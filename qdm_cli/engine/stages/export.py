@@ -130,7 +130,10 @@ def _copy_schedule(source: Artifact, ctx: RunContext) -> Schedule | None:
 
 def _attention_warning(count: int, target: str) -> str:
     if target == "qdm":
-        return f"the products of {count} attentions are quantized in simulation: no integer kernel runs them, they gain no speed"
+        return (
+            f"the products of {count} attentions are quantized in simulation, by evaluation and mode exact: no integer kernel runs them; "
+            "mode auto multiplies queries, keys and values as they come"
+        )
     return f"target dequantized leaves the products of {count} attentions in full precision: they are not quantized in this folder"
 
 

@@ -10,12 +10,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from qdm_cli.engine.bench.denoisers import quantized_state, seeded_inputs
+from qdm_cli.engine.quant.attention import AttentionProducts, attach_products_
+from qdm_cli.engine.quant.state import AttentionDecision
 from qdm_cli.engine.runtime import fused
 from qdm_cli.engine.runtime.attention import speed_up_attention_
 from qdm_cli.engine.runtime.fused import FUSED, fuse_blocks_
 from qdm_cli.engine.runtime.modules import pack_denoiser_
 from qdm_cli.engine.runtime.packed import PackedLayer
-from qdm_cli.engine.runtime.tune import tune_
+from qdm_cli.engine.runtime.tune import in_mode, tune_
 from qdm_kernels.native import attention as native_attention
 from qdm_kernels.native import build, tiles
 
@@ -188,3 +190,31 @@ def test_products_in_8_bits_stay_close(packed, monkeypatch: pytest.MonkeyPatch) 
     want = fused._attend(block.attn1, block.norm1, x, None)
     assert not torch.equal(got, want)
     assert (got - want).norm() <= 0.03 * (want - x).norm()
+
+
+@torch.no_grad()
+def test_auto_multiplies_as_they_come_what_exact_rounds(packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantized products are simulated over whole matrices of probabilities, which takes 25 times as long as an SD1.5-shaped call."""
+    monkeypatch.setattr(fused.attention_op, "why_not_here", lambda: None)
+    plain, call = copy.deepcopy(packed[0]), packed[1]
+    unet = copy.deepcopy(plain)
+    attentions = {name: module for name, module in unet.named_modules() if hasattr(module, "processor")}
+    for name, module in attentions.items():
+        products = AttentionProducts(AttentionDecision(name, 4, 4, timestep_aware=False), 1)
+        products.scales.fill_(0.3)
+        attach_products_(module, products)
+    tables = [module for module in unet.modules() if isinstance(module, AttentionProducts)]
+    wants = {}
+    for mode in ("auto", "exact"):
+        tune_(plain, mode)
+        wants[mode] = plain(**call).sample
+    for again in (False, True):
+        tune_(unet, "auto")
+        before = [table.calls for table in tables]
+        assert torch.equal(unet(**call).sample, wants["auto"]), again
+        assert [table.calls for table in tables] == before
+        with in_mode(unet, "exact"):
+            assert not any(hasattr(type(module.processor), "original") for module in attentions.values())
+            rounded = unet(**call).sample
+        assert [table.calls for table in tables] == [calls + 1 for calls in before]
+        assert (rounded - wants["exact"]).norm() > 0.01 * wants["exact"].norm()
