@@ -244,6 +244,18 @@ def test_sums_of_fixed_point_do_not_overflow(fixed) -> None:
         assert error(native.attention(q, k, v, scale, fixed), q, k, v, scale) <= 6e-4
 
 
+@pytest.mark.parametrize("with_codes", [False, True], ids=["", "codes"])
+def test_an_image_does_not_depend_on_those_beside_it(kind, with_codes) -> None:
+    """The scores of one of three are too large for some of the products."""
+    q, k, v = drawn((3, 2, 70, 140, 40))
+    q[1], k[1] = 8 * q[1], 8 * k[1]
+    to = native.Codes(Grid(50.0, 3)) if with_codes else None
+    got = native.attention(q, k, v, 0.2, kind, to)
+    assert got.transpose(1, 2).is_contiguous()
+    for i in range(3):
+        assert torch.equal(got[i : i + 1], native.attention(*(t[i : i + 1] for t in (q, k, v)), 0.2, kind, to)), i
+
+
 @needs_fixed_point
 def test_where_scores_may_be_large_float32_serves(fixed) -> None:
     """Norms of a few keys that are 30 times larger would leave too little of the others."""
