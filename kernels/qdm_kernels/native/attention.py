@@ -98,7 +98,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | No
     call = getattr(library_, f"qdm_attention_{_KINDS[q.dtype]}")
     result = call(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), sizes, by, scale, torch.get_num_threads(), target)
     if result == _UNBOUNDED and batch > 1:  # an image does not depend on those beside it
-        each = [attention(*(t[i : i + 1] for t in (q, k, v)), scale, kind, codes).transpose(1, 2) for i in range(batch)]
+        each = [attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], scale, kind, codes).transpose(1, 2) for i in range(batch)]
         return torch.cat(each).transpose(1, 2)
     if result == _UNBOUNDED:
         return attention(q, k, v, scale, None, codes) if kind is Products.BYTES else _in_float32(q, k, v, scale, codes)

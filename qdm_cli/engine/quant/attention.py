@@ -3,7 +3,7 @@
     S = softmax(Q_hat K_hat^T * scale + mask),    output = S_hat V_hat
 
 Q, K and V have one scale and zero point per tensor; probabilities are unsigned with zero point 0 and a width of their own. Simulated:
-rounded floats are multiplied, no integer kernel runs, and all probabilities lie in memory at once. An exported model does so in mode
+rounded floats are multiplied, no integer kernel runs, and probabilities lie in memory. An exported model does so in mode
 `exact`; mode `auto` multiplies queries, keys and values as they come, as layers do that are faster in floating point. It replaces
 `scaled_dot_product_attention` inside the attention module, so that every processor of diffusers that calls it keeps its own arguments.
 """
@@ -30,6 +30,10 @@ CHILD = "products"
 """Name under which the tables hang in an attention module."""
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
+BLOCK_BYTES = {"cpu": 4 << 20}  # of probabilities at once: in the caches of a CPU they cost a seventh of those that lie in memory
+BLOCK_BYTES_ELSEWHERE = 256 << 20
+_ROWS = 16  # queries of a block, or a multiple: products of as many rows have the bits of products of all rows
+
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Scores"], torch.Tensor]
 
 
@@ -40,10 +44,25 @@ class Scores:
     scale: float
     bias: torch.Tensor | None
 
+    def of(self, queries: slice) -> Scores:
+        """Those of some of the queries."""
+        if self.bias is None or self.bias.ndim < 2 or self.bias.shape[-2] == 1:
+            return self
+        return Scores(self.scale, self.bias[..., queries, :])
+
     def probabilities(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """[B, H, N, M] from q [B, H, N, d] and k [B, H, M, d], in f32."""
         scores = (q.float() @ k.float().transpose(-1, -2)) * self.scale
         return (scores if self.bias is None else scores + self.bias).softmax(-1)
+
+
+def _blocks(q: torch.Tensor, k: torch.Tensor) -> list[slice]:
+    """Queries whose probabilities lie in memory together: all of them where gradients keep them anyway."""
+    row = q.shape[0] * q.shape[1] * k.shape[2] * 4
+    rows = max(1, BLOCK_BYTES.get(q.device.type, BLOCK_BYTES_ELSEWHERE) // max(row, 1) // _ROWS) * _ROWS
+    if torch.is_grad_enabled() or rows >= q.shape[2]:
+        return [slice(None)]
+    return [slice(first, first + rows) for first in range(0, q.shape[2], rows)]
 
 
 def attention_modules(denoiser: nn.Module) -> list[str]:
@@ -114,8 +133,11 @@ class AttentionProducts(nn.Module):
         """Attention of q [B, H, N, d], k [B, H, M, d] and v [B, H, M, e] on quantized operands, in q's dtype."""
         self.calls += 1
         q_hat, k_hat, v_hat = (self._rounded(x.float(), operand) for operand, x in enumerate((q, k, v)))
-        p = scores.probabilities(q_hat, k_hat)
-        return (self._rounded_probabilities(p) @ v_hat).to(q.dtype)
+        parts = []
+        for rows in _blocks(q_hat, k_hat):
+            p = scores.of(rows).probabilities(q_hat[:, :, rows], k_hat)
+            parts.append(self._rounded_probabilities(p) @ v_hat)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).to(q.dtype)
 
     def _rounded_probabilities(self, p: torch.Tensor) -> torch.Tensor:
         bits, log2 = self.decision.softmax_bits, self._buffers["softmax_log2"]

@@ -14,6 +14,7 @@ from qdm_cli.engine.diffusion.step_context import StepContext
 from qdm_cli.engine.diffusion.trajectories import TrajectoryStore, TrajectoryWriter, write_index
 from qdm_cli.engine.errors import InputError
 from qdm_cli.engine.models import load_pipeline
+from qdm_cli.engine.quant import attention as quantized
 from qdm_cli.engine.quant.attention import (
     AttentionProducts,
     Scores,
@@ -71,6 +72,21 @@ def test_products_are_those_of_the_codes(softmax_bits, masked):
     got = products_of(state).attend(*values, Scores(8**-0.5, bias))
     # of 65,536 codes, a probability within float32 rounding of a tie takes the neighbouring one
     assert (got.double() - want).abs().max() < (4 / 2**16 if softmax_bits == 16 else 2e-6)
+
+
+@pytest.mark.parametrize("bias", [None, (2, 1, 50, 50), (2, 1, 1, 50), (50,)], ids=str)
+def test_blocks_of_queries_give_what_all_of_them_give(bias, monkeypatch):
+    values = operands(50)
+    state = tables(values)
+    mask = None if bias is None else torch.randn(bias, generator=torch.Generator().manual_seed(1))
+    products = products_of(state)
+    with torch.no_grad():
+        whole = products.attend(*values, Scores(8**-0.5, mask))
+        monkeypatch.setitem(quantized.BLOCK_BYTES, "cpu", 2 * 3 * 50 * 4 * 20)
+        assert [rows.start for rows in quantized._blocks(*values[:2])] == [0, 16, 32, 48]
+        assert torch.equal(products.attend(*values, Scores(8**-0.5, mask)), whole)
+    assert products.calls == 2
+    assert quantized._blocks(*values[:2]) == [slice(None)]  # gradients would keep all of them
 
 
 def test_more_bits_are_closer_to_the_float_attention():

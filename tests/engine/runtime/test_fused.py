@@ -194,7 +194,7 @@ def test_products_in_8_bits_stay_close(packed, monkeypatch: pytest.MonkeyPatch) 
 
 @torch.no_grad()
 def test_auto_multiplies_as_they_come_what_exact_rounds(packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quantized products are simulated over whole matrices of probabilities, which takes 25 times as long as an SD1.5-shaped call."""
+    """Quantized products are simulated, which takes several times as long as the rest of an SD1.5-shaped call."""
     monkeypatch.setattr(fused.attention_op, "why_not_here", lambda: None)
     plain, call = copy.deepcopy(packed[0]), packed[1]
     unet = copy.deepcopy(plain)
