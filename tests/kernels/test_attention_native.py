@@ -273,10 +273,13 @@ def test_where_scores_may_be_large_float32_serves(fixed) -> None:
 @needs_bytes
 def test_sums_of_bytes_do_not_overflow() -> None:
     """All codes are the largest there are: of queries and keys as wide as they get, of weights, and of values."""
-    q, k, v = torch.ones(1, 1, 40, 1024), torch.ones(1, 1, 163, 1024), torch.full((1, 1, 163, 1024), -7.0)
+    q, k = torch.ones(1, 1, 40, 1024), torch.ones(1, 1, 163, 1024)
     k[:, :, ::2] *= -1
-    for scale in (1e-6, 0.02):
-        assert error(native.attention(q, k, v, scale, Products.BYTES), q, k, v, scale) <= 1e-3
+    v = 7 * k
+    for scale in (1e-6, 1e-3):
+        got = native.attention(q, k, v, scale, Products.BYTES)
+        assert not torch.equal(got, native.attention(q, k, v, scale))
+        assert (got - attention_reference.attention(q.double(), k.double(), v.double(), scale)).abs().max() <= 0.02
 
 
 @needs_bytes
@@ -292,13 +295,24 @@ def test_small_weights_beside_a_large_one_keep_their_sum() -> None:
 
 
 @needs_bytes
-@pytest.mark.parametrize("loud", ["keys", "queries"])
-def test_where_bytes_are_too_coarse_others_serve(loud) -> None:
-    """A feature that is much larger than the others decides what their codes are worth."""
+@pytest.mark.parametrize("where", ["keys", "queries", "values", "norms"])
+def test_where_bytes_are_too_coarse_others_serve(where) -> None:
+    """A feature, or a value, that is much larger than others decides what their codes are worth; long rows have large scores."""
     q, k, v = drawn((1, 2, 70, 300, 40))
     scale = 40**-0.5
+    if where == "norms":
+        q, k = (torch.ones(1, 2, n, 1024) for n in (70, 300))
+        k[:, :, ::2] *= -1
+        v, scale = torch.ones_like(k), 0.035
     assert not torch.equal(native.attention(q, k, v, scale, Products.BYTES), native.attention(q, k, v, scale))
-    (k if loud == "keys" else q)[0, 1, ::2, 3] = 40.0
+    if where == "keys":
+        k[0, 1, ::2, 3] = 40.0
+    elif where == "queries":
+        q[0, 1, ::2, 3] = 18.0
+    elif where == "values":
+        v[0, 1, ::100] *= 30
+    else:
+        scale = 0.045
     assert torch.equal(native.attention(q, k, v, scale, Products.BYTES), native.attention(q, k, v, scale))
 
 
@@ -328,6 +342,7 @@ def test_what_it_does_not_read() -> None:
     assert not native.takes(x, x.bfloat16(), x, 1.0)
     assert not native.takes(x.double(), x.double(), x.double(), 1.0)
     assert not native.takes(x, x, x, -1.0)
+    assert not native.takes(x, x[:, :, :0], x[:, :, :0], 1.0)
     wide = draw(1, 1, 1, native.WIDEST + 1)
     assert not native.takes(wide, wide, wide, 1.0)
 

@@ -16,7 +16,7 @@ SHORTEST = 1024  # queries and keys; below, torch's kernel keeps all scores in t
 SHORTEST_TILED = 256  # where AMX multiplies in torch's kernel
 SHORTEST_NATIVE = 16  # where the compiled one multiplies bf16, in AMX or, without it, in AVX512 (1.8 to 4.7x from 64 keys and queries on)
 SHORTEST_BYTES = {Products.VECTORS: 1024, Products.SHORTS: 256}  # in 8 bits, beside what multiplies otherwise: 1.6x and 2.2x there
-SHORTEST_FLOATS = 64  # where that has neither tiles nor bf16, in float32 (1.4 to 2.2x from 64 keys and queries on)
+SHORTEST_FLOATS = 64  # where that has neither tiles nor bf16, in float32 (1.4 to 2.3x from 64 keys and queries on)
 # In AVX2, fixed point: 77 keys of a prompt pay (1.4 to 1.7x at 256 to 4096 queries), 64 keys and queries of width 160 do not (0.8 to 1.0x).
 SHORTEST_NARROW = 77
 _WITHOUT_BF16 = (Products.FLOATS, Products.NARROW, Products.SHORTS)
@@ -95,7 +95,9 @@ def bytes_pay(q: Tensor, k: Tensor) -> bool:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, eight_bit: bool = False) -> Tensor:
     """q [B, H, L, d], k, v [B, H, S, d] float -> [B, H, L, d], the dtype of q. scale: None = 1 / sqrt(d).
 
-    Products in bfloat16 with float32 sums, weights rounded to bfloat16, without a compiler scores too. ValueError: other shapes, no keys.
+    Products in bfloat16 with float32 sums, weights rounded to bfloat16, without a compiler scores too; on CPUs without bfloat16 in
+    float32 or fixed point. eight_bit: q, k and v are as coarse as 8 bits, and their products may be: they are where that is faster
+    (`bytes_pay`) and the values allow it. ValueError: other shapes, no keys.
     """
     if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.shape != v.shape or q.shape[3] != k.shape[3] or k.shape[2] == 0:
         raise ValueError(f"q [B, H, L, d] and k, v [B, H, S > 0, d], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
@@ -108,7 +110,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, ei
 
 @integer_op
 def codes(q: Tensor, k: Tensor, v: Tensor, to: Codes, *, eight_bit: bool = False) -> Tensor | None:
-    """Codes of `attention` [B, L, H * d], as the layer that follows reads them, in one pass; None = no compiled loop is the faster one."""
+    """Codes of `attention` [B, L, H * d], as the layer that follows reads them, in one pass; None = no compiled loop is the faster one.
+
+    eight_bit: as of `attention`.
+    """
     scale = q.shape[-1] ** -0.5
     if why_not(q, k, v) is not None or _implementation(q, k, v, scale) is not native.attention:
         return None

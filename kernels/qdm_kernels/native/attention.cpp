@@ -214,7 +214,8 @@ void attend(const View<const T>& q, const Output<T>& out, int64_t b, int64_t h, 
       add_values(weights, values, sums, s.width, steps * kLanes);
     }
   }
-  for (int r = 0; r < rows; ++r) put(own.sums.get() + r * width, _mm512_reduce_add_ps(_mm512_load_ps(own.totals.get() + r * kLanes)), out, b, h, first + r);
+  for (int r = 0; r < rows; ++r)
+    put(own.sums.get() + r * width, _mm512_reduce_add_ps(_mm512_load_ps(own.totals.get() + r * kLanes)), out, b, h, first + r);
 }
 
 template <typename T>

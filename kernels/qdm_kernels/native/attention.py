@@ -49,7 +49,8 @@ def products() -> Products:
 
 def fastest(k: Tensor) -> Products:
     """What multiplies with this many keys."""
-    return Products.FLOATS if products() is Products.SHORTS and k.shape[2] < LEAST_SHORTS else products()
+    few = products() is Products.SHORTS and k.shape[2] < LEAST_SHORTS
+    return Products.FLOATS if few and _library(Products.FLOATS) is not None else products()
 
 
 def in_bytes() -> bool:
@@ -74,7 +75,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     """Does the native loop read these CPU tensors [B, H, L, d], [B, H, S, d]?"""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in _KINDS or any(t.device.type != "cpu" for t in (q, k, v)):
         return False
-    return scale > 0 and 0 < q.shape[3] <= WIDEST and products() is not Products.NONE
+    return scale > 0 and 0 < q.shape[3] <= WIDEST and k.shape[2] > 0 and products() is not Products.NONE
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: Products | None = None, codes: Codes | None = None) -> Tensor:

@@ -3,7 +3,8 @@
 // Queries and keys, without a common part, have a scale each; 128 values of a column have one. Weights of 128 keys are scaled by the largest
 // of them to 255 and rounded up or down by a threshold that differs from key to key: rounded to the nearest, many small weights beside a
 // large one would all be nothing, and their sum need not be. Registers hold 16 queries side by side, so that no maximum crosses lanes and the
-// weights of four keys become an operand where they are. Where rounding would be too loud nothing is computed: the caller takes bfloat16.
+// weights of four keys become an operand where they are. Where the rounding of queries and keys, or of values, would be too loud nothing is
+// computed: the caller takes what else it has. Nobody asks for that of weights, which is small beside the values of the largest of them.
 #include "attention.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
@@ -17,6 +18,7 @@ constexpr float kMost = 127.0f;         // of a code
 constexpr float kWeight = 7.99435344f;  // 255, the largest weight, as a power of two
 constexpr float kNoise = 0.2886751f;    // of a rounding, in steps: 1 / sqrt(12)
 constexpr float kLoud = 0.06f;          // noise that the scores of the longest query and key may have, in units of the natural logarithm
+constexpr float kCoarse = 0.02f;        // noise of values, of their mean magnitude; 0.007 where these are normal
 
 // sum + the products of four unsigned with four signed bytes; written out, because GCC 12 copies every sum around the intrinsic.
 inline __m512i add(__m512i sum, __m512i left, __m512i right) {
@@ -57,18 +59,20 @@ struct Sizes {
   explicit Sizes(const Shape& s) : depth(up(s.width, 4) * 4), columns(up(s.width, kBlock) * kBlock), groups(up(s.keys, kGroup)) {}
   int64_t keys() const { return groups * kGroup * depth; }
   int64_t values() const { return groups * kGroup * columns; }
-  int64_t floats() const { return up(groups * (2 * kGroup + columns + 4), kLanes) * kLanes; }
+  int64_t floats() const { return up(groups * (2 * kGroup + columns + 6), kLanes) * kLanes; }
 };
 
 // One head: codes of keys, row by row, and of values, [groups][quads][columns][four keys]; what a code is worth, of each key, and of a group
-// and column; what flipped queries add to scores of each key; the largest squared norm and step of a group of keys, of a share of queries.
+// and column; what flipped queries add to scores of each key; the largest squared norm and step of a group of keys, of a share of queries;
+// sums over a group of values and over their steps.
 struct Packed {
   int8_t *keys, *values;
-  float *key_steps, *key_shifts, *value_steps, *norms, *steps, *query_norms, *query_steps;
+  float *key_steps, *key_shifts, *value_steps, *norms, *steps, *query_norms, *query_steps, *magnitudes, *noises;
   Packed(int8_t* keys, int8_t* values, float* floats, const Sizes& sizes)
       : keys(keys), values(values), key_steps(floats), key_shifts(key_steps + sizes.groups * kGroup),
         value_steps(key_shifts + sizes.groups * kGroup), norms(value_steps + sizes.groups * sizes.columns), steps(norms + sizes.groups),
-        query_norms(steps + sizes.groups), query_steps(query_norms + sizes.groups) {}
+        query_norms(steps + sizes.groups), query_steps(query_norms + sizes.groups), magnitudes(query_steps + sizes.groups),
+        noises(magnitudes + sizes.groups) {}
 };
 
 // Of some rows: the largest squared norm, and the largest step of a code.
@@ -124,19 +128,20 @@ Extent pack_keys(const View<const T>& k, int64_t b, int64_t h, int64_t first, in
   return seen;
 }
 
-// A group of values; returns 0, or NaN where one is not finite.
+// A group of values. magnitude: their sum, NaN where one is not finite; noise: of their codes, times as many.
 template <typename T>
-float pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, int64_t last, const Shape& s, int64_t columns, int8_t* to,
-                  float* steps) {
-  __m512 nothing = _mm512_setzero_ps();
+void pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, int64_t last, const Shape& s, int64_t columns, int8_t* to,
+                 float* steps, float* magnitude, float* noise) {
+  __m512 sizes = _mm512_setzero_ps(), largest = sizes;
   for (int64_t c = 0; c < columns; c += kLanes) {
     __m512 most = _mm512_setzero_ps();
     for (int64_t key = first; key < last; ++key) {
       if (c == 0) fetch(v.row(b, h, std::min(key + kAhead, s.keys - 1)), s.width);
-      const __m512 x = load(v.row(b, h, key) + c, s.width - c);
-      most = _mm512_max_ps(most, _mm512_abs_ps(x));
-      nothing = _mm512_fmadd_ps(x, _mm512_setzero_ps(), nothing);
+      const __m512 size = _mm512_abs_ps(load(v.row(b, h, key) + c, s.width - c));
+      most = _mm512_max_ps(most, size);
+      sizes = _mm512_add_ps(sizes, size);
     }
+    largest = _mm512_add_ps(largest, most);
     const __m512 by = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_ps(kMost), most);
     const __mmask16 there = lanes(columns - c);
     _mm512_mask_storeu_ps(steps + c, there, _mm512_mul_ps(most, _mm512_set1_ps(1.0f / kMost)));
@@ -150,7 +155,8 @@ float pack_values(const View<const T>& v, int64_t b, int64_t h, int64_t first, i
       _mm512_mask_storeu_epi32(to + (key - first) * columns + c * 4, there, _mm512_or_si512(low, high));
     }
   }
-  return _mm512_reduce_add_ps(nothing);
+  *magnitude = _mm512_reduce_add_ps(sizes);
+  *noise = _mm512_reduce_add_ps(largest) * (kNoise / kMost) * static_cast<float>(last - first);
 }
 
 // A group of keys and values, and a share of the queries measured.
@@ -158,9 +164,10 @@ template <typename T>
 void pack_group(const View<const T>& q, const View<const T>& k, const View<const T>& v, int64_t b, int64_t h, int64_t group, const Shape& s,
                 const Sizes& sizes, const float* mean, const Packed& to) {
   const int64_t first = group * kGroup, last = std::min<int64_t>(first + kGroup, s.keys);
-  const float finite = pack_values(v, b, h, first, last, s, sizes.columns, to.values + first * sizes.columns, to.value_steps + group * sizes.columns);
+  pack_values(v, b, h, first, last, s, sizes.columns, to.values + first * sizes.columns, to.value_steps + group * sizes.columns,
+              to.magnitudes + group, to.noises + group);
   const Extent keys = pack_keys(k, b, h, first, last, s, sizes, mean, to);
-  to.norms[group] = keys.norm + finite, to.steps[group] = keys.step;
+  to.norms[group] = keys.norm, to.steps[group] = keys.step;
   Extent queries;
   for (int64_t i = s.queries * group / sizes.groups; i < s.queries * (group + 1) / sizes.groups; ++i) {
     fetch(q.row(b, h, std::min(i + kAhead, s.queries - 1)), s.width);
@@ -173,13 +180,14 @@ void pack_group(const View<const T>& q, const View<const T>& k, const View<const
 
 // Are scores of a head bounded, and is the noise of rounding small? Errors of a code are independent, and meet the other side's norm.
 bool serves(const Packed& head, const Sizes& sizes, float scale) {
-  float key = 0.0f, query = 0.0f, key_step = 0.0f, query_step = 0.0f;
+  float key = 0.0f, query = 0.0f, key_step = 0.0f, query_step = 0.0f, magnitude = 0.0f, coarse = 0.0f;
   for (int64_t group = 0; group < sizes.groups; ++group) {
     key = larger(head.norms[group], key), query = larger(head.query_norms[group], query);
     key_step = larger(head.steps[group], key_step), query_step = larger(head.query_steps[group], query_step);
+    magnitude += head.magnitudes[group], coarse += head.noises[group];
   }
-  const float factor = scale * 1.44269504f, noise = kNoise * scale * (key_step * std::sqrt(query) + query_step * std::sqrt(key));
-  return noise < kLoud && key * query * factor * factor < kSafe * kSafe;
+  const float factor = scale * 1.44269504f, loud = kNoise * scale * (key_step * std::sqrt(query) + query_step * std::sqrt(key));
+  return loud < kLoud && key * query * factor * factor < kSafe * kSafe && coarse <= kCoarse * magnitude && magnitude < FLT_MAX;
 }
 
 // What a thread computes in.
@@ -355,7 +363,7 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
 
 }  // namespace
 
-// As in attention.cpp, of a kind of its own. Returns 2 = scores may be too large, or rounding too loud.
+// As in attention.cpp, of a kind of its own. Returns 2 = scores may be too large, or rounding too loud or too coarse.
 extern "C" int qdm_attention_products() { return 6; }
 
 #include "attention_exports.h"

@@ -1,4 +1,4 @@
-// What attention.cpp and attention_short.cpp export, each over an `attention` of its own; included behind it.
+// What attention.cpp, attention_short.cpp and attention_bytes.cpp export, each over an `attention` of its own; included behind it.
 #pragma once
 
 namespace {
@@ -15,7 +15,7 @@ int run(const void* q, const void* k, const void* v, void* out, const int64_t* s
 }  // namespace
 
 // sizes: batch, heads, queries, keys, width; by: distances of batch, head and row, in values, of q, k, v and out.
-// codes: null, or how outputs become codes. Returns 1 = no memory.
+// codes: null, or how outputs become codes. Returns 1 = no memory, 2 = not for these values.
 extern "C" int qdm_attention_f32(const void* q, const void* k, const void* v, void* out, const int64_t* sizes, const int64_t* by,
                                  float scale, int threads, const QdmCodes* codes) {
   return run<float>(q, k, v, out, sizes, by, scale, threads, codes);

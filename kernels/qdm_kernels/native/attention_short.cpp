@@ -237,7 +237,8 @@ void attend(const View<const T>& q, const Output<T>& out, int64_t b, int64_t h, 
       while (n < columns) some(add_values<2>, 2);
     }
   }
-  for (int r = 0; r < rows; ++r) put(own.sums.get() + r * width, _mm512_reduce_add_ps(_mm512_load_ps(own.totals.get() + r * kLanes)), out, b, h, first + r);
+  for (int r = 0; r < rows; ++r)
+    put(own.sums.get() + r * width, _mm512_reduce_add_ps(_mm512_load_ps(own.totals.get() + r * kLanes)), out, b, h, first + r);
 }
 
 // Do norms bound the scores of a head?

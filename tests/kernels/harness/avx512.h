@@ -77,6 +77,7 @@ EMULATED __m512 zeros() { return __m512{}; }
 EMULATED __m512 from_ints(__m512i v) { return (__m512)__builtin_convertvector(ints(v), Floats); }
 EMULATED __m512i no_ints() { return __m512i{}; }
 EMULATED __m512i all_ints(int32_t v) { return (__m512i)(Ints{} + v); }
+EMULATED __m512i all_longs(int64_t v) { return __m512i{} + v; }
 EMULATED __m512i all_bytes(int8_t v) { return all_ints(static_cast<int32_t>(static_cast<uint8_t>(v) * 0x01010101u)); }
 EMULATED __m512i add_ints(__m512i a, __m512i b) { return (__m512i)(words(a) + words(b)); }
 EMULATED __m512i mul_ints(__m512i a, __m512i b) { return (__m512i)(words(a) * words(b)); }
@@ -98,6 +99,29 @@ EMULATED __m512i listed(T... last_first) {
   std::memcpy(&v, made, sizeof v);
   return v;
 }
+
+// Lanes of one register, and of two.
+EMULATED __m512i permuted(__m512i first, __m512i at, __m512i second) {
+  int32_t from[32], made[16];
+  std::memcpy(from, &first, 64);
+  std::memcpy(from + 16, &second, 64);
+  for (int i = 0; i < 16; ++i) made[i] = from[ints(at)[i] & 31];
+  __m512i v;
+  std::memcpy(&v, made, sizeof v);
+  return v;
+}
+EMULATED __m512 permuted(__m512i at, __m512 v) { return (__m512)permuted((__m512i)v, (__m512i)(ints(at) & 15), (__m512i)v); }
+template <int kHow>
+EMULATED __m512i quarters(__m512i a, __m512i b) {
+  int64_t from[16], made[8];
+  std::memcpy(from, &a, 64);
+  std::memcpy(from + 8, &b, 64);
+  for (int i = 0; i < 8; ++i) made[i] = from[i / 4 * 8 + (kHow >> i / 2 * 2 & 3) * 2 + i % 2];
+  __m512i v;
+  std::memcpy(&v, made, sizeof v);
+  return v;
+}
+EMULATED __m256 first_half(__m512 v) { return half(v, 0); }
 
 // Nothing may rely on what the upper half holds: it is no number.
 EMULATED __m512i lower(__m256i v) { return join(v, _mm256_set1_epi32(0x7fc0dead)); }
@@ -222,7 +246,9 @@ EMULATED __m512i gather(__m512i at, const void* from, int scale) {
 #undef _mm512_cmp_ps_mask
 #undef _mm512_i32gather_epi32
 #undef _mm512_inserti64x4
+#undef _mm512_extractf32x8_ps
 #undef _mm512_reduce_ps
+#undef _mm512_shuffle_i64x2
 #undef _mm512_slli_epi32
 #undef _mm512_srli_epi32
 #define _mm256_mask_storeu_epi16 avx512::write_some<__m256i>
@@ -232,6 +258,7 @@ EMULATED __m512i gather(__m512i at, const void* from, int scale) {
 #define _mm512_add_epi32 avx512::add_ints
 #define _mm512_add_ps avx512::add
 #define _mm512_and_si512 avx512::both
+#define _mm512_castps512_ps256 avx512::first_half
 #define _mm512_castps_si512 avx512::as_ints
 #define _mm512_castsi256_si512 avx512::lower
 #define _mm512_castsi512_ps avx512::as_floats
@@ -245,6 +272,7 @@ EMULATED __m512i gather(__m512i at, const void* from, int scale) {
 #define _mm512_cvttps_epi32 avx512::cut
 #define _mm512_dpbusd_epi32 avx512::add_bytes
 #define _mm512_dpwssd_epi32 avx512::add_pairs
+#define _mm512_extractf32x8_ps(v, i) avx512::half(v, i)
 #define _mm512_fmadd_ps avx512::fmadd
 #define _mm512_fmsub_ps avx512::fmsub
 #define _mm512_i32gather_epi32 avx512::gather
@@ -269,6 +297,8 @@ EMULATED __m512i gather(__m512i at, const void* from, int scale) {
 #define _mm512_or_si512 avx512::either
 #define _mm512_packs_epi32 avx512::packs
 #define _mm512_packus_epi16 avx512::packus
+#define _mm512_permutex2var_epi32 avx512::permuted
+#define _mm512_permutexvar_ps avx512::permuted
 #define _mm512_rcp14_ps avx512::reciprocal
 #define _mm512_reduce_add_epi32 avx512::total
 #define _mm512_reduce_add_ps avx512::total
@@ -276,12 +306,14 @@ EMULATED __m512i gather(__m512i at, const void* from, int scale) {
 #define _mm512_reduce_ps(v, how) avx512::fraction<(how)>(v)
 #define _mm512_scalef_ps avx512::scaled
 #define _mm512_set1_epi32 avx512::all_ints
+#define _mm512_set1_epi64 avx512::all_longs
 #define _mm512_set1_epi8 avx512::all_bytes
 #define _mm512_set1_ps avx512::all
 #define _mm512_set_epi32 avx512::listed
 #define _mm512_setzero_ps avx512::zeros
 #define _mm512_setzero_si512 avx512::no_ints
 #define _mm512_shuffle_epi8 avx512::turned
+#define _mm512_shuffle_i64x2(a, b, how) avx512::quarters<how>(a, b)
 #define _mm512_slli_epi32 avx512::left
 #define _mm512_srli_epi32 avx512::right
 #define _mm512_store_ps avx512::store
