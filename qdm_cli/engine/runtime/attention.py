@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 from types import FunctionType
 from typing import Any
@@ -14,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from qdm_cli.engine.quant.attention import simulates
 from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_kernels.attention import op
+
+_TORCHS = F.scaled_dot_product_attention
 
 
 def product(
@@ -31,10 +34,26 @@ class _Functional:
     """`torch.nn.functional` with `product` in it, for the code of a processor."""
 
     def __init__(self, *, eight_bit: bool):
-        self.scaled_dot_product_attention = functools.partial(product, eight_bit=eight_bit)
+        self._product = functools.partial(product, eight_bit=eight_bit)
+
+    @property
+    def scaled_dot_product_attention(self) -> Any:
+        """Ours, unless somebody has put another one into torch's place."""
+        return self._product if F.scaled_dot_product_attention is _TORCHS else F.scaled_dot_product_attention
 
     def __getattr__(self, name: str) -> Any:
         return getattr(F, name)
+
+
+class _Names(dict[str, Any]):
+    """Names of a module, one of them another: what is not here is looked up there, when it is read."""
+
+    def __init__(self, module: dict[str, Any], **own: Any):
+        super().__init__(own, __builtins__=module["__builtins__"])
+        self._module = module
+
+    def __missing__(self, name: str) -> Any:
+        return self._module[name]
 
 
 class _Replaced(TorchFunctionMode):
@@ -51,13 +70,16 @@ class _Replaced(TorchFunctionMode):
 
 
 def _rewired(call: Any, *, eight_bit: bool) -> Any:
-    """The function over a `torch.nn.functional` of its own; None = its code does not name the product, or is no plain function."""
+    """The function over a `torch.nn.functional` of its own; None = that does not reach all products, or it is no plain function."""
     if not isinstance(call, FunctionType) or hasattr(call, "__wrapped__") or call.__globals__.get("F") is not F:
         return None
-    if not {"F", "scaled_dot_product_attention"} <= set(call.__code__.co_names):
+    names, other = set(call.__code__.co_names), "scaled_dot_product_attention" in call.__globals__
+    if other or "super" in names or not {"F", "scaled_dot_product_attention"} <= names:
         return None
-    names = call.__globals__ | {"F": _Functional(eight_bit=eight_bit)}
-    made = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
+    if any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in dis.get_instructions(call)):
+        return None
+    own = _Names(call.__globals__, F=_Functional(eight_bit=eight_bit))
+    made = FunctionType(call.__code__, own, call.__name__, call.__defaults__, call.__closure__)
     made.__kwdefaults__ = call.__kwdefaults__
     return made
 
@@ -74,7 +96,7 @@ def _faster(processor: type) -> type:
             # inductor fuses its own; GPUs have better ones
             if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.device.type != "cpu":
                 return super().__call__(*args, **kwargs)
-            eight_bit = context is None and from_codes(attn, x)
+            eight_bit = context is None and as_coarse(attn, x)
             if rewired[eight_bit] is not None:
                 return rewired[eight_bit](self, *args, **kwargs)
             with _Replaced(eight_bit=eight_bit):
@@ -92,9 +114,10 @@ def _inputs(
     return attn, hidden_states, encoder_hidden_states
 
 
-def from_codes(attn: nn.Module, x: Tensor) -> bool:
-    """Do queries, keys and values of x come from codes of at most 8 bits? Then their own products may be as coarse."""
-    layers = [getattr(attn, name, None) for name in ("to_q", "to_k", "to_v")]
+def as_coarse(attn: nn.Module, x: Tensor) -> bool:
+    """Do queries, keys and values of x come from codes of at most 8 bits, and become such codes? Then products between may be as coarse."""
+    last = getattr(attn, "to_out", None)
+    layers = [*(getattr(attn, name, None) for name in ("to_q", "to_k", "to_v")), last[0] if isinstance(last, nn.ModuleList) else None]
     return x.dim() == 3 and all(isinstance(layer, PackedLayer) and layer.choice(x).kernel == "integer" for layer in layers)
 
 

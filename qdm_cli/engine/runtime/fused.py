@@ -179,7 +179,7 @@ def _is_plain(attn: nn.Module) -> bool:
 def _attend(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> Tensor:
     """x + attention of norm(x), [B, L, C], to itself or to a context [B, S, C'] -> a tensor of its own."""
     q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in _projections(attn, norm, x, context))
-    last, eight_bit = attn.to_out[0], context is None and attention.from_codes(attn, x)
+    last, eight_bit = attn.to_out[0], context is None and attention.as_coarse(attn, x)
     if takes_codes(last, x) and _native(x, last) and last.prepared.strategy in tiles.STRATEGIES:
         to = Codes(cast(Grid, last.grid()), last._buffers["pre_scale"], last.prepared.code_dtype)
         if (codes := attention_op.codes(q, k, v, to, eight_bit=eight_bit)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -93,3 +94,52 @@ def test_products_with_more_to_them_are_left_to_torch(extra: dict, native_bf16) 
     extra.clear()
     module.processor(module, torch.randn(1, 1, 32, 8))
     assert native_bf16 == [(1, 1, 32, 8)]
+
+
+FACTOR = 1.0
+
+
+class Scaled:
+    def __call__(self, attn, q):
+        return F.scaled_dot_product_attention(q, q, q) * FACTOR
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, processor):
+        super().__init__()
+        self.processor = processor
+
+
+def test_a_rewired_processor_sees_what_changes_around_it(native_bf16, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, q = Attention(Scaled()), torch.randn(1, 1, 32, 8)
+    speed_up_attention_(module, enabled=True)
+    once = module.processor(module, q)
+    assert native_bf16 == [(1, 1, 32, 8)]
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.0)
+    assert torch.equal(module.processor(module, q), 2 * once)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torch.ones_like(q))
+    assert (module.processor(module, q) == 2).all()
+    assert len(native_bf16) == 2
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from torch.nn.functional import scaled_dot_product_attention\n"
+        "class P:\n    def __call__(self, attn, q):\n        F.pad(q, (0, 1))\n        return scaled_dot_product_attention(q, q, q)",
+        "class Base:\n    def __call__(self, attn, q):\n        return F.scaled_dot_product_attention(q, q, q)\n"
+        "class P(Base):\n    def __call__(self, attn, q):\n"
+        "        return super().__call__(attn, q) if len(q) else F.scaled_dot_product_attention(q, q, q)",
+        "count = 0\nclass P:\n    def __call__(self, attn, q):\n        global count\n        count += 1\n"
+        "        return F.scaled_dot_product_attention(q, q, q)",
+    ],
+    ids=["imported by name", "of a parent", "writes a global"],
+)
+def test_what_cannot_be_rewired_is_replaced_all_the_same(code: str, native_bf16) -> None:
+    names: dict = {"F": F, "__name__": "elsewhere"}
+    exec(code, names)
+    module = Attention(names["P"]())
+    speed_up_attention_(module, enabled=True)
+    module.processor(module, torch.randn(1, 1, 32, 8))
+    assert native_bf16 == [(1, 1, 32, 8)]
+    assert names.get("count", 1) == 1

@@ -171,9 +171,14 @@ def test_processors_of_diffusers_know_what_they_multiply(packed, monkeypatch: py
     block.attn1(x)
     block.attn1(x, None)
     block.attn2(x, encoder_hidden_states=call["encoder_hidden_states"])
-    block.attn1.to_k = nn.Linear(block.attn1.to_v.spec.inputs, block.attn1.to_v.spec.outputs)
+    for name in ("to_out", "to_k"):
+        layer = block.attn1.to_v.spec
+        plain, packed_layer = nn.Linear(layer.inputs, layer.outputs), getattr(block.attn1, name)
+        setattr(block.attn1, name, nn.ModuleList([plain, nn.Identity()]) if name == "to_out" else plain)
+        block.attn1(x)
+        setattr(block.attn1, name, packed_layer)
     block.attn1(x)
-    assert asked == [True, True, False, False]
+    assert asked == [True, True, False, False, False, True]
 
 
 @torch.no_grad()
