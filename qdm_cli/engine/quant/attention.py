@@ -32,7 +32,7 @@ _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 BLOCK_BYTES = {"cpu": 4 << 20}  # of probabilities at once: in the caches of a CPU they cost a seventh of those that lie in memory
 BLOCK_BYTES_ELSEWHERE = 256 << 20
-_ROWS = 16  # queries of a block, or a multiple: products of as many rows have the bits of products of all rows
+_ROWS = 16  # queries of a block, or a multiple; the last one has up to twice as many. Such products have the bits of those of all rows
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Scores"], torch.Tensor]
 
@@ -62,7 +62,8 @@ def _blocks(q: torch.Tensor, k: torch.Tensor) -> list[slice]:
     rows = max(1, BLOCK_BYTES.get(q.device.type, BLOCK_BYTES_ELSEWHERE) // max(row, 1) // _ROWS) * _ROWS
     if torch.is_grad_enabled() or rows >= q.shape[2]:
         return [slice(None)]
-    return [slice(first, first + rows) for first in range(0, q.shape[2], rows)]
+    starts = list(range(0, q.shape[2] - _ROWS + 1, rows))  # fewer than that at the end go with those before: one row has other bits
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], q.shape[2]], strict=True)]
 
 
 def attention_modules(denoiser: nn.Module) -> list[str]:

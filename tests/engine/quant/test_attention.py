@@ -77,16 +77,27 @@ def test_products_are_those_of_the_codes(softmax_bits, masked):
 @pytest.mark.parametrize("bias", [None, (2, 1, 50, 50), (2, 1, 1, 50), (50,)], ids=str)
 def test_blocks_of_queries_give_what_all_of_them_give(bias, monkeypatch):
     values = operands(50)
-    state = tables(values)
+    products = products_of(tables(values))
     mask = None if bias is None else torch.randn(bias, generator=torch.Generator().manual_seed(1))
-    products = products_of(state)
     with torch.no_grad():
         whole = products.attend(*values, Scores(8**-0.5, mask))
         monkeypatch.setitem(quantized.BLOCK_BYTES, "cpu", 2 * 3 * 50 * 4 * 20)
-        assert [rows.start for rows in quantized._blocks(*values[:2])] == [0, 16, 32, 48]
+        assert quantized._blocks(*values[:2]) == [slice(0, 16), slice(16, 32), slice(32, 50)]
         assert torch.equal(products.attend(*values, Scores(8**-0.5, mask)), whole)
     assert products.calls == 2
     assert quantized._blocks(*values[:2]) == [slice(None)]  # gradients would keep all of them
+
+
+@pytest.mark.parametrize("queries", [17, 31, 32, 33, 49, 65, 257])
+@torch.no_grad()
+def test_a_row_left_over_does_not_change_the_bits(queries, monkeypatch):
+    values = operands(queries)
+    products = products_of(tables(values, softmax_bits=None))
+    whole = products.attend(*values, Scores(8**-0.5, None))
+    monkeypatch.setitem(quantized.BLOCK_BYTES, "cpu", 1)
+    blocks = quantized._blocks(*values[:2])
+    assert [block.stop - block.start for block in blocks[:-1]] == [16] * (queries // 16 - 1)
+    assert torch.equal(products.attend(*values, Scores(8**-0.5, None)), whole)
 
 
 def test_more_bits_are_closer_to_the_float_attention():
