@@ -295,6 +295,19 @@ def test_small_weights_beside_a_large_one_keep_their_sum() -> None:
 
 
 @needs_bytes
+def test_what_a_large_weight_leaves_is_not_rounded_away() -> None:
+    """One key with nine tenths of all weight and a value of zero: outputs are what the others make of theirs."""
+    q, k, v = drawn((1, 2, 256, 1000, 40))
+    towards = torch.nn.functional.normalize(draw(40, seed=3), dim=0)
+    q, k[:, :, 700], v[:, :, 700] = q + 6 * towards, 12 * towards, 0.0
+    weights = torch.softmax(q @ k.transpose(2, 3) * 40**-0.5, -1)
+    assert 0.85 < weights[..., 700].mean() < 0.95
+    got = native.attention(q, k, v, 40**-0.5, Products.BYTES)
+    assert not torch.equal(got, native.attention(q, k, v, 40**-0.5))
+    assert error(got, q, k, v, 40**-0.5) <= 0.03
+
+
+@needs_bytes
 @pytest.mark.parametrize("where", ["keys", "queries", "values", "norms"])
 def test_where_bytes_are_too_coarse_others_serve(where) -> None:
     """A feature, or a value, that is much larger than others decides what their codes are worth; long rows have large scores."""

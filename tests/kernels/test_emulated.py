@@ -19,7 +19,9 @@ TILES, ATTENTION, PRODUCERS = "test_native_tiles.py", "test_attention_native.py"
 # time: producers are compiled for one plugin. Outputs of 4,101 rows go past the caches, which the products in tiles know nothing of.
 _PRODUCTS = "not onednn and not transformed and " + ("(not threads or small)" if has_vnni() else "small and not norm and not 4101")
 _ATTENTION = "(tiles or vectors) and not torchs and (not threads or agree)"
-_VNNI_ATTENTION = "(shorts or floats or bytes or fixed_point or float32_serves or small_weights) and not torchs and not threads"
+_VNNI_ATTENTION = (
+    "(shorts or floats or bytes or fixed_point or float32_serves or small_weights or large_weight) and not torchs and not threads"
+)
 _VNNI_PRODUCTS = "(small and not onednn and not transformed and not (4101 and weights)) or gelu_is or not_numbers or every_code"
 _HERE = pytest.mark.skipif(has_vnni(), reason="AVX512-VNNI itself is here")
 # Emulating all of AVX512 for attention takes a minute and a half.

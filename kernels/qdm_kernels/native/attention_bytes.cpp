@@ -4,7 +4,7 @@
 // of them to 255 and rounded up or down by a threshold that differs from key to key: rounded to the nearest, many small weights beside a
 // large one would all be nothing, and their sum need not be. Registers hold 16 queries side by side, so that no maximum crosses lanes and the
 // weights of four keys become an operand where they are. Where the rounding of queries and keys, or of values, would be too loud nothing is
-// computed: the caller takes what else it has. Nobody asks for that of weights, which is small beside the values of the largest of them.
+// computed: the caller takes what else it has. Where few weights make up most of all, they are multiplied in two bytes each.
 #include "attention.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
@@ -18,6 +18,7 @@ constexpr float kMost = 127.0f;         // of a code
 constexpr float kWeight = 7.99435344f;  // 255, the largest weight, as a power of two
 constexpr float kNoise = 0.2886751f;    // of a rounding, in steps: 1 / sqrt(12)
 constexpr float kLoud = 0.06f;          // noise that the scores of the longest query and key may have, in units of the natural logarithm
+constexpr float kPeaked = 1000.0f;      // codes of a group's weights in all weights, below which they are taken in two bytes
 constexpr float kCoarse = 0.02f;        // noise of values, of their mean magnitude; 0.007 where these are normal
 
 // sum + the products of four unsigned with four signed bytes; written out, because GCC 12 copies every sum around the intrinsic.
@@ -196,7 +197,7 @@ struct Scratch {
   std::unique_ptr<int8_t[], Free> rows;
   std::unique_ptr<float[], Free> scores, sums, mean, thresholds;
   explicit Scratch(const Sizes& sizes)
-      : queries(room<uint8_t>(kQueries * sizes.depth)), weights(room<uint8_t>(kRows * kGroup)), rows(room<int8_t>(kLanes * sizes.depth)),
+      : queries(room<uint8_t>(kQueries * sizes.depth)), weights(room<uint8_t>(2 * kRows * kGroup)), rows(room<int8_t>(kLanes * sizes.depth)),
         scores(room<float>(kRows * kGroup)), sums(room<float>(kQueries * sizes.columns + kBlock * kRows)),
         mean(room<float>(sizes.columns + kLanes)), thresholds(room<float>(kGroup)) {
     for (int i = 0; thresholds && i < kGroup; ++i) {  // bits of i, last first: neighbours are rounded in opposite directions
@@ -247,25 +248,52 @@ void score(const uint8_t* queries, const int8_t* keys, const float* steps, const
   for (int side = 0; side < kSides; ++side) most[side] = seen[side];
 }
 
-// Scores to weights [quads][kSides][16 lanes of four]; those behind the last of `count` keys weigh nothing.
-void weigh(const float* scores, int count, const __m512* by, const __m512 (&most)[kSides], const float* thresholds, uint8_t* to) {
-  constexpr auto keys = std::make_integer_sequence<int, 4>();
+// Bytes of 16 queries side by side, four keys of each query together; of those behind the last of `left` keys nothing.
+inline __m512i quad(const __m512i (&whole)[4], int left) {
   const __m512i turn = _mm512_set_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400, 0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400,
                                         0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400, 0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(whole[0], whole[1]), _mm512_packs_epi32(whole[2], whole[3]));
+  const __m512i turned = _mm512_shuffle_epi8(bytes, turn);  // from four queries of each key
+  return left < 4 ? _mm512_and_si512(turned, _mm512_set1_epi32((1 << left * 8) - 1)) : turned;
+}
+
+// Scores to weights [quads][kSides][16 lanes of four]. kFine: whole codes, and behind kGroup keys of them what they leave, in 255ths.
+template <bool kFine>
+void weigh(const float* scores, int count, const __m512* by, const __m512 (&most)[kSides], const float* thresholds, uint8_t* to) {
   __m512 shift[kSides];
   for (int side = 0; side < kSides; ++side) shift[side] = _mm512_sub_ps(_mm512_set1_ps(kWeight), _mm512_mul_ps(most[side], by[side]));
   for (int key = 0; key < count; key += 4)
     for (int side = 0; side < kSides; ++side, to += 64) {
-      __m512i whole[4];
-      qdm::each(keys, [&](auto i) QDM_INLINE {
+      __m512i whole[4], rest[4];
+      qdm::each(std::make_integer_sequence<int, 4>(), [&](auto i) QDM_INLINE {
         const __m512 x = _mm512_fmadd_ps(_mm512_load_ps(scores + (key + i) * kRows + side * kLanes), by[side], shift[side]);
-        whole[i] = _mm512_cvttps_epi32(_mm512_add_ps(power<2>(x), _mm512_set1_ps(thresholds[key + i])));
+        const __m512 weight = power<kFine ? 3 : 2>(x), threshold = _mm512_set1_ps(thresholds[key + i]);
+        whole[i] = _mm512_cvttps_epi32(kFine ? weight : _mm512_add_ps(weight, threshold));
+        if (kFine) {
+          const __m512 left = _mm512_sub_ps(weight, _mm512_cvtepi32_ps(whole[i]));
+          rest[i] = _mm512_cvttps_epi32(_mm512_fmadd_ps(left, _mm512_set1_ps(255.0f), threshold));
+        }
       });
-      __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(whole[0], whole[1]), _mm512_packs_epi32(whole[2], whole[3]));
-      bytes = _mm512_shuffle_epi8(bytes, turn);  // from four queries of each key to four keys of each query
-      if (key + 4 > count) bytes = _mm512_and_si512(bytes, _mm512_set1_epi32((1 << (count - key) * 8) - 1));
-      _mm512_store_si512(to, bytes);
+      _mm512_store_si512(to, quad(whole, count - key));
+      if (kFine) _mm512_store_si512(to + kRows * kGroup, quad(rest, count - key));
     }
+}
+
+// Sums of the weights of 32 queries.
+inline void sum_weights(const uint8_t* weights, int64_t quads, __m512i (&counted)[kSides]) {
+  for (auto& sum : counted) sum = _mm512_setzero_si512();
+  for (int64_t p = 0; p < quads; ++p)
+    for (int side = 0; side < kSides; ++side)
+      counted[side] = add(counted[side], _mm512_load_si512(weights + (p * kSides + side) * 64), _mm512_set1_epi8(1));
+}
+// Is a code worth so much of all weights so far that its rounding would show?
+inline bool peaked(const __m512 (&share)[kSides], const __m512i (&counted)[kSides], const __m512* total) {
+  int lanes = 0;
+  for (int side = 0; side < kSides; ++side) {
+    const __m512 all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(counted[side]), share[side], total[side]);
+    lanes |= _mm512_cmp_ps_mask(_mm512_mul_ps(share[side], _mm512_set1_ps(kPeaked)), all, _CMP_GT_OQ);
+  }
+  return lanes != 0;
 }
 
 // kQueries queries from `first` against all keys of a head.
@@ -288,21 +316,27 @@ void attend(const View<const T>& q, const Output<T>& out, int64_t b, int64_t h, 
       const auto score_keys = count == kGroup ? score<true> : score<false>;
       score_keys(own.queries.get() + r * sizes.depth, head.keys + start * sizes.depth, head.key_steps + start, head.key_shifts + start,
                  sizes.depth, count, own.scores.get(), most);
-      weigh(own.scores.get(), count, by + n, most, own.thresholds.get(), own.weights.get());
-      __m512i counted[kSides] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-      for (int p = 0; p < quads; ++p)
+      uint8_t* weights = own.weights.get();
+      const int8_t* values = head.values + start * columns;
+      float* sums = own.sums.get() + r * columns;
+      weigh<false>(own.scores.get(), count, by + n, most, own.thresholds.get(), weights);
+      __m512i counted[kSides];
+      sum_weights(weights, quads, counted);
+      for (int side = 0; side < kSides; ++side) share[side] = power<5>(_mm512_mul_ps(most[side], by[n + side]));
+      const bool fine = peaked(share, counted, total + n);
+      if (fine) weigh<true>(own.scores.get(), count, by + n, most, own.thresholds.get(), weights);
+      for (int part = 0; part <= fine; ++part, weights += kRows * kGroup) {
+        if (fine) sum_weights(weights, quads, counted);
+        for (int side = 0; part && side < kSides; ++side) share[side] = _mm512_mul_ps(share[side], _mm512_set1_ps(1.0f / 255.0f));
         for (int side = 0; side < kSides; ++side)
-          counted[side] = add(counted[side], _mm512_load_si512(own.weights.get() + (p * kSides + side) * 64), _mm512_set1_epi8(1));
-      for (int side = 0; side < kSides; ++side) {
-        share[side] = power<5>(_mm512_mul_ps(most[side], by[n + side]));
-        total[n + side] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(counted[side]), share[side], total[n + side]);
+          total[n + side] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(counted[side]), share[side], total[n + side]);
+        for (int64_t c = 0; c < columns; c += kBlock)
+          multiply(weights, values + c * 4, 4, columns * 4, quads, [&](int i, int side, __m512i sum) QDM_INLINE {
+            float* to = sums + (c + i) * kRows + side * kLanes;
+            const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), share[side]);
+            _mm512_store_ps(to, _mm512_fmadd_ps(x, _mm512_set1_ps(steps[c + i]), _mm512_load_ps(to)));
+          });
       }
-      for (int64_t c = 0; c < columns; c += kBlock)
-        multiply(own.weights.get(), head.values + start * columns + c * 4, 4, columns * 4, quads, [&](int i, int side, __m512i sum) QDM_INLINE {
-          float* to = own.sums.get() + r * columns + (c + i) * kRows + side * kLanes;
-          const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), share[side]);
-          _mm512_store_ps(to, _mm512_fmadd_ps(x, _mm512_set1_ps(steps[c + i]), _mm512_load_ps(to)));
-        });
     }
   }
   const __m512i lines = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(kRows));
