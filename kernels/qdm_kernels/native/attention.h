@@ -1,4 +1,5 @@
-// What the loops of attention.cpp, attention_short.cpp and attention_bytes.cpp have in common, and before the guard what attention_narrow.cpp shares.
+// What the loops of attention.cpp, attention_short.cpp and attention_bytes.cpp have in common, and before the guard what attention_narrow.cpp
+// shares.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -74,6 +75,38 @@ std::unique_ptr<T[], Free> room(int64_t count) {
   return std::unique_ptr<T[], Free>(static_cast<T*>(std::aligned_alloc(64, up(count * sizeof(T), 64) * 64)));
 }
 
+// Heads, `together` of them at a time: all threads pack their parts, each place is asked whether its head is computed at all, and all threads
+// attend to its tasks. pack(own, place, head, part, first): `first` of this head by this thread. Returns `failed`, 1 = no memory, 2 = a place
+// said no.
+template <typename Make, typename Pack, typename Serves, typename Attend>
+int by_heads(int64_t heads, int64_t together, int64_t parts, int64_t tasks, int threads, int failed, Make make, Pack pack, Serves serves,
+             Attend attend) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    auto own = make();
+    if (!own.whole())
+#pragma omp atomic write
+      failed = 1;
+#pragma omp barrier
+    for (int64_t start = 0; start < heads && !failed; start += together) {
+      const int64_t count = std::min(together, heads - start);
+      int64_t known = -1;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count * parts; ++i) {
+        const int64_t head = start + i / parts;
+        pack(own, i / parts, head, i % parts, head != known);
+        known = head;
+      }
+#pragma omp single
+      for (int64_t place = 0; place < count && !failed; ++place) failed = serves(place) ? 0 : 2;
+      if (failed) break;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < count * tasks; ++i) attend(own, i / tasks, start + i / tasks, i % tasks);
+    }
+  }
+  return failed;
+}
+
 }  // namespace
 
 #if defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
@@ -87,6 +120,11 @@ constexpr int kKeys = 64;   // of one product: the scores of 32 queries take 8 K
 
 inline __mmask16 lanes(int64_t count) {
   return static_cast<__mmask16>(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+}
+
+// `by` times 0, 1 ... 15
+inline __m512i multiples(int64_t by) {
+  return _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(static_cast<int32_t>(by)));
 }
 
 // the first of up to 16 values from `at`, zeros behind them

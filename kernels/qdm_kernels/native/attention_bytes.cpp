@@ -18,7 +18,7 @@ constexpr float kMost = 127.0f;         // of a code
 constexpr float kWeight = 7.99435344f;  // 255, the largest weight, as a power of two
 constexpr float kNoise = 0.2886751f;    // of a rounding, in steps: 1 / sqrt(12)
 constexpr float kLoud = 0.06f;          // noise that the scores of the longest query and key may have, in units of the natural logarithm
-constexpr float kPeaked = 1000.0f;      // codes of a group's weights in all weights, below which they are taken in two bytes
+constexpr float kPeaked = 1000.0f;      // codes of a group that all weights so far have to be worth, or they are taken in two bytes
 constexpr float kCoarse = 0.02f;        // noise of values, of their mean magnitude; 0.007 where these are normal
 
 // sum + the products of four unsigned with four signed bytes; written out, because GCC 12 copies every sum around the intrinsic.
@@ -213,8 +213,7 @@ struct Scratch {
 template <typename T>
 void pack_queries(const View<const T>& q, int64_t b, int64_t h, int64_t first, const Shape& s, int64_t depth, float factor, int64_t ahead,
                   Scratch& own, __m512 (&by)[kQueries / kLanes]) {
-  const __m512i rows = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                          _mm512_set1_epi32(static_cast<int32_t>(depth / 4)));
+  const __m512i rows = multiples(depth / 4);
   for (int n = 0; n < kQueries / kLanes; ++n) {
     alignas(64) float steps[kLanes];
     for (int i = 0; i < kLanes; ++i) {
@@ -339,7 +338,7 @@ void attend(const View<const T>& q, const Output<T>& out, int64_t b, int64_t h, 
       }
     }
   }
-  const __m512i lines = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(kRows));
+  const __m512i lines = multiples(kRows);
   alignas(64) float totals[kQueries];
   for (int n = 0; n < kQueries / kLanes; ++n) _mm512_store_ps(totals + n * kLanes, total[n]);
   float* row = own.scores.get();
@@ -360,39 +359,20 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
   const int64_t fitting = kPacked / (sizes.keys() + sizes.values()), together = std::min(all, std::max(fitting, up(4 * threads, tasks)));
   const auto keys = room<int8_t>(together * sizes.keys()), values = room<int8_t>(together * sizes.values());
   const auto floats = room<float>(together * sizes.floats());
-  int failed = !(keys && values && floats);
   const float factor = scale * 1.44269504f;  // powers of two instead of e
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Scratch own(sizes);
-    if (!own.whole())
-#pragma omp atomic write
-      failed = 1;
-#pragma omp barrier
-    for (int64_t start = 0; start < all && !failed; start += together) {
-      const int64_t count = std::min(together, all - start);
-      const auto packed = [&](int64_t i) {
-        return Packed(keys.get() + i * sizes.keys(), values.get() + i * sizes.values(), floats.get() + i * sizes.floats(), sizes);
-      };
-      int64_t known = -1;
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < count * sizes.groups; ++i) {
-        const int64_t head = start + i / sizes.groups, b = head / s.heads, h = head % s.heads;
-        if (head != known) common_part(k, b, h, s, own.mean.get(), true);
-        known = head;
-        pack_group(q, k, v, b, h, i % sizes.groups, s, sizes, own.mean.get(), packed(i / sizes.groups));
-      }
-#pragma omp single
-      for (int64_t i = 0; i < count && !failed; ++i) failed = serves(packed(i), sizes, scale) ? 0 : 2;
-      if (failed) break;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count * tasks; ++i) {
-        const int64_t head = start + i / tasks;
-        attend(q, out, head / s.heads, head % s.heads, i % tasks * kQueries, s, sizes, factor, packed(i / tasks), threads * kQueries, own);
-      }
-    }
-  }
-  return failed;
+  const auto packed = [&](int64_t i) {
+    return Packed(keys.get() + i * sizes.keys(), values.get() + i * sizes.values(), floats.get() + i * sizes.floats(), sizes);
+  };
+  return by_heads(
+      all, together, sizes.groups, tasks, threads, !(keys && values && floats), [&] { return Scratch(sizes); },
+      [&](Scratch& own, int64_t place, int64_t head, int64_t group, bool first) {
+        if (first) common_part(k, head / s.heads, head % s.heads, s, own.mean.get(), true);
+        pack_group(q, k, v, head / s.heads, head % s.heads, group, s, sizes, own.mean.get(), packed(place));
+      },
+      [&](int64_t place) { return serves(packed(place), sizes, scale); },
+      [&](Scratch& own, int64_t place, int64_t head, int64_t task) {
+        attend(q, out, head / s.heads, head % s.heads, task * kQueries, s, sizes, factor, packed(place), threads * kQueries, own);
+      });
 }
 
 }  // namespace

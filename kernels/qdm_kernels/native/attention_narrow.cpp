@@ -378,43 +378,24 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
   const int64_t fitting = kPacked / (2 * sizes.whole()), group = std::min(heads, std::max(fitting, up(4 * threads, sizes.tasks)));
   const auto integers = room<int16_t>(group * sizes.whole());
   const auto floats = room<float>(group * sizes.floats());
-  int failed = !(integers && floats);
   const float factor = scale * 1.44269504f;  // powers of two instead of e
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const Scratch own(sizes);
-    if (!own.whole())
-#pragma omp atomic write
-      failed = 1;
-#pragma omp barrier
-    for (int64_t start = 0; start < heads && !failed; start += group) {
-      const int64_t count = std::min(group, heads - start);
-      const auto packed = [&](int64_t i) { return Packed(sizes, integers.get() + i * sizes.whole(), floats.get() + i * sizes.floats()); };
-      int64_t known = -1;
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < count * parts; ++i) {
-        const int64_t head = start + i / parts, b = head / s.heads, h = head % s.heads, part = i % parts, task = part - sizes.blocks;
-        const Packed to = packed(i / parts);
-        if (task >= 0) {
+  const auto packed = [&](int64_t i) { return Packed(sizes, integers.get() + i * sizes.whole(), floats.get() + i * sizes.floats()); };
+  return by_heads(
+      heads, group, parts, sizes.tasks, threads, !(integers && floats), [&] { return Scratch(sizes); },
+      [&](const Scratch& own, int64_t place, int64_t head, int64_t part, bool first) {
+        const int64_t b = head / s.heads, h = head % s.heads, task = part - sizes.blocks;
+        const Packed to = packed(place);
+        if (first && task < 0) common_part(k, b, h, s, own.mean.get());
+        if (task < 0)
+          pack_block(k, v, b, h, part, s, sizes, own, to);
+        else
           to.query_norms[task] = pack_queries(q, b, h, task * kQueries, s, sizes, factor, own, to.queries + task * kQueries * sizes.pairs * 2,
                                               to.query_steps + task * kQueries);
-          continue;
-        }
-        if (head != known) common_part(k, b, h, s, own.mean.get());
-        known = head;
-        pack_block(k, v, b, h, part, s, sizes, own, to);
-      }
-#pragma omp single
-      for (int64_t i = 0; i < count && !failed; ++i) failed = bounded(packed(i), sizes, factor) ? 0 : 2;
-      if (failed) break;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count * sizes.tasks; ++i) {
-        const int64_t head = start + i / sizes.tasks;
-        attend(out, head / s.heads, head % s.heads, i % sizes.tasks, s, sizes, packed(i / sizes.tasks), own);
-      }
-    }
-  }
-  return failed;
+      },
+      [&](int64_t place) { return bounded(packed(place), sizes, factor); },
+      [&](const Scratch& own, int64_t place, int64_t head, int64_t task) {
+        attend(out, head / s.heads, head % s.heads, task, s, sizes, packed(place), own);
+      });
 }
 
 }  // namespace

@@ -79,8 +79,7 @@ template <typename T>
 float pack_keys(const View<const T>& k, int64_t b, int64_t h, int64_t first, const Shape& s, const float* mean, int16_t* rows, int16_t* to,
                 float* steps) {
   const int64_t padded = up(s.width, 2 * kLanes) * 2 * kLanes;
-  const __m512i each = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                          _mm512_set1_epi32(static_cast<int32_t>(padded / 2)));
+  const __m512i each = multiples(padded / 2);
   float most = 0.0f;
   for (int i = 0; i < kLanes; ++i) {
     const bool there = first + i < s.keys;
@@ -152,15 +151,15 @@ void pack_block(const View<const T>& q, const View<const T>& k, const View<const
 
 // What a thread computes in.
 struct Scratch {
-  std::unique_ptr<int16_t[], Free> queries, weights;
+  std::unique_ptr<int16_t[], Free> queries, weights, rows;
   std::unique_ptr<int32_t[], Free> scores;
   std::unique_ptr<float[], Free> sums, totals, query_steps, shares, mean;
   explicit Scratch(const Sizes& sizes)
       : queries(room<int16_t>(kQueries * sizes.key_steps * 2 * kLanes)), weights(room<int16_t>(kRows * kKeys)),
-        scores(room<int32_t>(kRows * kKeys)), sums(room<float>(kQueries * sizes.value_columns * kLanes)),
+        rows(room<int16_t>(kLanes * sizes.key_steps * 2 * kLanes)), scores(room<int32_t>(kRows * kKeys)), sums(room<float>(kQueries * sizes.value_columns * kLanes)),
         totals(room<float>(kQueries * kLanes)), query_steps(room<float>(kQueries)), shares(room<float>(kRows)),
         mean(room<float>(sizes.key_steps * 2 * kLanes)) {}
-  bool whole() const { return queries && weights && scores && sums && totals && query_steps && shares && mean; }
+  bool whole() const { return queries && weights && rows && scores && sums && totals && query_steps && shares && mean; }
 };
 
 // Scores [32, kKeys] to weights and what one of them is worth; those behind the last of `keys` weigh nothing. query_steps: with the factor.
@@ -261,43 +260,23 @@ int attention(const View<const T>& q, const View<const T>& k, const View<const T
   const int64_t floats = sizes.blocks * (kKeys + width + 2);
   const auto keys = room<int16_t>(group * sizes.keys()), values = room<int16_t>(group * sizes.values());
   const auto steps = room<float>(group * up(floats, kLanes) * kLanes);
-  int failed = !(keys && values && steps);
   const float factor = scale * 1.44269504f;  // powers of two instead of e
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Scratch own(sizes);
-    const auto rows = room<int16_t>(kLanes * sizes.key_steps * 2 * kLanes);
-    if (!own.whole() || !rows)
-#pragma omp atomic write
-      failed = 1;
-#pragma omp barrier
-    for (int64_t start = 0; start < all && !failed; start += group) {
-      const int64_t count = std::min(group, all - start);
-      const auto packed = [&](int64_t i) {
-        float* at = steps.get() + i * up(floats, kLanes) * kLanes;
-        float* of_values = at + sizes.blocks * kKeys;
-        float* norms = of_values + sizes.blocks * width;
-        return Packed{keys.get() + i * sizes.keys(), values.get() + i * sizes.values(), at, of_values, norms, norms + sizes.blocks};
-      };
-      int64_t known = -1;
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < count * sizes.blocks; ++i) {
-        const int64_t head = start + i / sizes.blocks, b = head / s.heads, h = head % s.heads;
-        if (head != known) common_part(k, b, h, s, own.mean.get(), true);
-        known = head;
-        pack_block(q, k, v, b, h, i % sizes.blocks, s, sizes, own.mean.get(), rows.get(), packed(i / sizes.blocks));
-      }
-#pragma omp single
-      for (int64_t i = 0; i < count && !failed; ++i) failed = bounded(packed(i), sizes, factor) ? 0 : 2;
-      if (failed) break;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count * tasks; ++i) {
-        const int64_t head = start + i / tasks;
-        attend(q, out, head / s.heads, head % s.heads, i % tasks * kQueries, s, sizes, factor, packed(i / tasks), own);
-      }
-    }
-  }
-  return failed;
+  const auto packed = [&](int64_t i) {
+    float* at = steps.get() + i * up(floats, kLanes) * kLanes;
+    float* of_values = at + sizes.blocks * kKeys;
+    float* norms = of_values + sizes.blocks * width;
+    return Packed{keys.get() + i * sizes.keys(), values.get() + i * sizes.values(), at, of_values, norms, norms + sizes.blocks};
+  };
+  return by_heads(
+      all, group, sizes.blocks, tasks, threads, !(keys && values && steps), [&] { return Scratch(sizes); },
+      [&](Scratch& own, int64_t place, int64_t head, int64_t block, bool first) {
+        if (first) common_part(k, head / s.heads, head % s.heads, s, own.mean.get(), true);
+        pack_block(q, k, v, head / s.heads, head % s.heads, block, s, sizes, own.mean.get(), own.rows.get(), packed(place));
+      },
+      [&](int64_t place) { return bounded(packed(place), sizes, factor); },
+      [&](Scratch& own, int64_t place, int64_t head, int64_t task) {
+        attend(q, out, head / s.heads, head % s.heads, task * kQueries, s, sizes, factor, packed(place), own);
+      });
 }
 
 }  // namespace
