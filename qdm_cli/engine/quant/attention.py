@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any, cast
 
@@ -28,7 +29,6 @@ from qdm_cli.engine.quant.state import AttentionDecision, AttentionState, QuantS
 
 CHILD = "products"
 """Name under which the tables hang in an attention module."""
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 BLOCK_BYTES = {"cpu": 4 << 20}  # of probabilities at once: in the caches of a CPU they cost a seventh of those that lie in memory
 BLOCK_BYTES_ELSEWHERE = 256 << 20
@@ -172,29 +172,31 @@ class AttentionProducts(nn.Module):
         return super()._apply(move, recurse)
 
 
-class _Replaced(TorchFunctionMode):
-    """Sends every `scaled_dot_product_attention` to `attend`."""
+class ReplacedProduct(TorchFunctionMode):
+    """Inside it `product`, with the arguments of `scaled_dot_product_attention`, takes its place."""
 
-    def __init__(self, attend: Attention):
+    def __init__(self, product: Callable[..., torch.Tensor]):
         super().__init__()
-        self.attend = attend
+        self.product = product
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        q, k, v = (named[name] for name in _ARGUMENTS[:3])
-        if named.get("enable_gqa"):
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        scale = named.get("scale")
-        return self.attend(q, k, v, Scores(1 / math.sqrt(q.shape[-1]) if scale is None else scale, _bias(named, q, k)))
+        return (self.product if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
 
-def _bias(named: dict[str, Any], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+def _product(
+    attend: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """`scaled_dot_product_attention` by `attend`; nothing is dropped out."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    bias = _bias(attn_mask, query, key, is_causal=is_causal)
+    return attend(query, key, value, Scores(1 / math.sqrt(query.shape[-1]) if scale is None else scale, bias))
+
+
+def _bias(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, *, is_causal: bool) -> torch.Tensor | None:
     """The mask as something to add to the scores."""
-    mask = named.get("attn_mask")
-    if named.get("is_causal"):
+    if is_causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     if mask is None or mask.dtype != torch.bool:
         return mask
@@ -206,7 +208,7 @@ def replaced_attention(module: nn.Module, attend: Attention) -> Iterator[None]:
     """Inside the block, `module` computes its attention with `attend`."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Replaced(attend):
+        with ReplacedProduct(partial(_product, attend)):
             return type(module).forward(module, *args, **kwargs)
 
     module.forward = forward
@@ -234,7 +236,7 @@ def _quantized_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not products.simulated:
         return type(module).forward(module, *args, **kwargs)
     before = products.calls
-    with _Replaced(products.attend):
+    with ReplacedProduct(partial(_product, products.attend)):
         output = type(module).forward(module, *args, **kwargs)
     if products.calls == before:
         processor = type(getattr(module, "processor", None)).__name__

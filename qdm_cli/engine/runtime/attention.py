@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from qdm_cli.engine.quant.attention import simulates
+from qdm_cli.engine.quant.attention import ReplacedProduct, simulates
 from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_kernels.attention import op
 
@@ -56,19 +55,6 @@ class _Names(dict[str, Any]):
         return self._module[name]
 
 
-class _Replaced(TorchFunctionMode):
-    """The same for code that calls it through other functions. Every operator inside passes by here, which small models feel."""
-
-    def __init__(self, *, eight_bit: bool):
-        super().__init__()
-        self.eight_bit = eight_bit
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return product(*args, **(kwargs or {}), eight_bit=self.eight_bit)
-        return func(*args, **(kwargs or {}))
-
-
 def _rewired(call: Any, *, eight_bit: bool) -> Any:
     """The function over a `torch.nn.functional` of its own; None = that does not reach all products, or it is no plain function."""
     if not isinstance(call, FunctionType) or hasattr(call, "__wrapped__") or call.__globals__.get("F") is not F:
@@ -99,7 +85,9 @@ def _faster(processor: type) -> type:
             eight_bit = context is None and as_coarse(attn, x)
             if rewired[eight_bit] is not None:
                 return rewired[eight_bit](self, *args, **kwargs)
-            with _Replaced(eight_bit=eight_bit):
+            with ReplacedProduct(
+                functools.partial(product, eight_bit=eight_bit)
+            ):  # every operator passes by there, which small models feel
                 return super().__call__(*args, **kwargs)
 
     Faster.__name__ = Faster.__qualname__ = processor.__name__

@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from qdm_cli.engine.quant.attention import simulates
-from qdm_cli.engine.runtime import attention
+from qdm_cli.engine.runtime.attention import as_coarse, plain_processor
 from qdm_cli.engine.runtime.modules import Gated, PackedConv2d, PackedLinear
 from qdm_cli.engine.runtime.packed import PackedLayer
 from qdm_cli.engine.runtime.reuse import SharedInput
@@ -171,7 +171,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 
 def _is_plain(attn: nn.Module) -> bool:
     """Queries, keys and values of one width, one product, one projection: nothing that a processor of diffusers adds to that."""
-    own = attention.plain_processor(attn) is AttnProcessor2_0
+    own = plain_processor(attn) is AttnProcessor2_0
     extras = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
     return own and not simulates(attn) and not any(getattr(attn, name) for name in extras) and attn.rescale_output_factor == 1
 
@@ -179,7 +179,7 @@ def _is_plain(attn: nn.Module) -> bool:
 def _attend(attn: nn.Module, norm: nn.LayerNorm, x: Tensor, context: Tensor | None) -> Tensor:
     """x + attention of norm(x), [B, L, C], to itself or to a context [B, S, C'] -> a tensor of its own."""
     q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in _projections(attn, norm, x, context))
-    last, eight_bit = attn.to_out[0], context is None and attention.as_coarse(attn, x)
+    last, eight_bit = attn.to_out[0], context is None and as_coarse(attn, x)
     if takes_codes(last, x) and _native(x, last) and last.prepared.strategy in tiles.STRATEGIES:
         to = Codes(cast(Grid, last.grid()), last._buffers["pre_scale"], last.prepared.code_dtype)
         if (codes := attention_op.codes(q, k, v, to, eight_bit=eight_bit)) is not None:
