@@ -85,9 +85,8 @@ def _faster(processor: type) -> type:
             eight_bit = context is None and as_coarse(attn, x)
             if rewired[eight_bit] is not None:
                 return rewired[eight_bit](self, *args, **kwargs)
-            with ReplacedProduct(
-                functools.partial(product, eight_bit=eight_bit)
-            ):  # every operator passes by there, which small models feel
+            # every operator passes by there, which small models feel
+            with ReplacedProduct(functools.partial(product, eight_bit=eight_bit)):
                 return super().__call__(*args, **kwargs)
 
     Faster.__name__ = Faster.__qualname__ = processor.__name__
